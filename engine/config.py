@@ -1,0 +1,81 @@
+"""What the operator chooses about an engine. Frozen, checked on construction, held by the server's config."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pallasite.models.errors import ConfigError
+
+WeightForm = Literal["f32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """What one request may ask for. Every protocol is held to these."""
+
+    max_n: int = 16
+    max_logprobs: int = 20
+    max_stop_token_ids: int = 16
+    max_logit_bias: int = 1024
+    max_bad_words: int = 64
+    max_bad_word_len: int = 16
+    max_request_id_len: int = 128
+    max_tenant_len: int = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How an engine runs one model.
+
+    Attributes:
+        weights: the form that weights are held in. The cache and the inputs of every matrix
+            product have the same type; sums, norms and the residual stream are f32 in both.
+        max_requests: completions that run at once, one row of a batch each, >= 2.
+        max_context_len: prompt and completion tokens of one completion at most; None takes the
+            model's own limit.
+        max_batch_tokens: tokens that one step computes at most, >= max_requests.
+        num_pages: pages of the cache; None sizes it from `cache_tokens`.
+        cache_tokens: cached tokens over all requests when num_pages is None; None takes what
+            max_requests full contexts need, but 8 GiB at most on a CPU and what is free elsewhere.
+        max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
+        max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
+        max_leases: KV handles held at once at most.
+        max_lease_s: the longest lease, in seconds.
+        compile_cache: JAX's persistent compilation cache; None keeps none.
+    """
+
+    weights: WeightForm = "bf16"
+    max_requests: int = 32
+    max_context_len: int | None = None
+    max_batch_tokens: int = 512
+    num_pages: int | None = None
+    cache_tokens: int | None = None
+    max_waiting: int = 1024
+    max_unread_tokens: int = 65536
+    max_leases: int = 1024
+    max_lease_s: float = 60.0
+    compile_cache: Path | None = None
+    limits: Limits = Limits()
+
+    def __post_init__(self) -> None:
+        _at_least("max_requests", self.max_requests, 2)
+        _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests)
+        _at_least("max_waiting", self.max_waiting, 1)
+        _at_least("max_unread_tokens", self.max_unread_tokens, 1)
+        _at_least("max_leases", self.max_leases, 0)
+        for name in ("max_context_len", "num_pages", "cache_tokens"):
+            if (value := getattr(self, name)) is not None:
+                _at_least(name, value, 2)
+        if self.num_pages is not None and self.cache_tokens is not None:
+            raise ConfigError(
+                "got both num_pages and cache_tokens; they say the same thing; leave one out"
+            )
+        if self.weights not in ("f32", "bf16"):
+            raise ConfigError(f"got weights={self.weights!r}; allowed are f32 and bf16; choose one")
+        if not self.max_lease_s > 0:
+            raise ConfigError(f"got max_lease_s={self.max_lease_s}; it must be > 0; raise it")
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(f"got {name}={value}; it must be at least {least}; raise it")

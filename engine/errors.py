@@ -1,0 +1,43 @@
+"""What can go wrong with a request, as the engine says it; each protocol maps the code to its own."""
+
+from enum import StrEnum
+
+from pallasite.models.errors import CheckpointError, ConfigError
+
+__all__ = ["CheckpointError", "ConfigError", "ErrorCode", "RequestError"]
+
+
+class ErrorCode(StrEnum):
+    """Stable codes. The gRPC door maps each to the status of the same name."""
+
+    INVALID_ARGUMENT = "invalid_argument"
+    NOT_FOUND = "not_found"
+    PERMISSION_DENIED = "permission_denied"
+    FAILED_PRECONDITION = "failed_precondition"
+    RESOURCE_EXHAUSTED = "resource_exhausted"
+    DEADLINE_EXCEEDED = "deadline_exceeded"
+    UNAVAILABLE = "unavailable"
+    INTERNAL = "internal"
+
+
+class RequestError(Exception):
+    """A request that cannot be served, or could not be served to its end.
+
+    Attributes:
+        code: what kind of error this is.
+        field: the request field at fault, in dotted form (`sampling.top_p`), or "" where none is.
+        retry_after_s: for RESOURCE_EXHAUSTED and UNAVAILABLE, seconds after which to try again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        code: ErrorCode = ErrorCode.INVALID_ARGUMENT,
+        field: str = "",
+        retry_after_s: float | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.field = field
+        self.retry_after_s = retry_after_s
