@@ -1,0 +1,1 @@
+"""The serving engine: scheduling, batching, the compiled step, sampling, streams."""

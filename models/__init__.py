@@ -1,0 +1,1 @@
+"""Model families, their weights, caches and checkpoints."""

@@ -1,0 +1,1 @@
+"""Custom kernels: each one op, one reference, one body a target."""

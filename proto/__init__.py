@@ -1,0 +1,1 @@
+"""The wire contract, pallasite.v1, and the code generated from it."""

@@ -1,0 +1,1 @@
+"""gRPC service, client, command line, text."""
