@@ -1,0 +1,81 @@
+# Every target makes what it needs. `.venv` is made from nothing; stamps in it make a second run quick.
+
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
+	>/dev/null 2>&1 && echo $$p && break; done)
+MODEL ?= smollm2-135m
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --disable-pip-version-check
+
+.PHONY: demo serve test lint types bench parity reliability proto wheel-check clean
+
+demo: .venv/run.stamp
+	$(BIN)/pallasite pull $(MODEL)
+	$(BIN)/pallasite demo $(MODEL)
+
+serve: .venv/run.stamp
+	$(BIN)/pallasite pull $(MODEL)
+	$(BIN)/pallasite serve $(MODEL)
+
+test: .venv/test.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python -m pytest
+
+lint: .venv/lint.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# mypy follows no editable install, so it is shown the packages where a wheel would put them.
+types: .venv/test.stamp .venv/lint.stamp
+	mkdir -p build/types/pallasite
+	for p in engine models pallas_kernels proto server; do \
+		ln -sfn ../../../$$p build/types/pallasite/$$p; done
+	$(BIN)/mypy
+
+bench: .venv/test.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python benchmarks/serving.py
+
+parity: .venv/parity.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python tests/parity/make_goldens.py
+
+reliability: .venv/test.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python -m pytest tests/reliability --full
+
+proto: .venv/test.stamp
+	rm -rf build/proto && mkdir -p build/proto
+	$(BIN)/python -m grpc_tools.protoc -Ipallasite/proto=proto --python_out=build/proto \
+		--grpc_python_out=build/proto $(patsubst %,pallasite/%,$(wildcard proto/*.proto))
+	cp build/proto/pallasite/proto/*.py proto/
+
+wheel-check: .venv/run.stamp
+	.ci/wheel_check $(BIN)/python
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .compile_cache
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+.venv/made.stamp:
+	@test -n "$(PYTHON)" || { echo "got no Python >= 3.11 with venv on the PATH; Pallasite needs" \
+		"one; install it (on Debian: python3 and python3-venv) or name one:" \
+		"make PYTHON=/path/to/python3.12" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	@touch $@
+
+.venv/run.stamp: .venv/made.stamp pyproject.toml
+	$(PIP) -e .
+	@touch $@
+
+.venv/test.stamp: .venv/run.stamp
+	$(PIP) -e '.[hub,test]'
+	@touch $@
+
+.venv/lint.stamp: .venv/run.stamp
+	$(PIP) -e '.[lint]'
+	@touch $@
+
+.venv/parity.stamp: .venv/test.stamp
+	$(PIP) -e '.[test,parity]'
+	@touch $@
