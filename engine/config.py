@@ -1,12 +1,10 @@
-"""What the operator chooses about an engine. Frozen, checked on construction, held by the server's config."""
+"""What the operator chooses about an engine. Frozen and checked on construction."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
+from pallasite.models.config import WeightForm
 from pallasite.models.errors import ConfigError
-
-WeightForm = Literal["f32", "bf16"]
 
 
 @dataclass(frozen=True, kw_only=True)

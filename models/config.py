@@ -1,8 +1,12 @@
 """What a model is, in numbers. Frozen and static: every program is compiled for one of these."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from pallasite.models.errors import ConfigError
+
+WeightForm = Literal["f32", "bf16"]
+"""How the weights of matrix products are held. Quantized forms join here and in `layers.linear`."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,69 @@
+"""The pieces that decoder families are made of. Activations are f32; see `linear` for products."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.pallas_kernels.storage import decode
+
+
+def linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
+    """Multiplies by a held weight `[out, in]`, with x rounded to the weight's type.
+
+    Products are summed in f32, and an f32 weight means f32 products on every platform (a TPU's
+    default would round them to bfloat16).
+    """
+    weight = decode(weight)
+    return jax.lax.dot_general(
+        x.astype(weight.dtype),
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def embed(token_ids: Int[Array, "T"], embedding: jax.Array) -> Float[Array, "T D"]:
+    """Looks up rows of a held embedding `[V, D]`."""
+    return decode(embedding[token_ids]).astype(jnp.float32)
+
+
+def rms_norm(
+    x: Float[Array, "*T D"], scale: Float[Array, "D"], epsilon: float
+) -> Float[Array, "*T D"]:
+    """Root-mean-square norm (Zhang and Sennrich 2019)."""
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return x * jax.lax.rsqrt(mean_square + epsilon) * scale
+
+
+def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "H/2"]:
+    """Returns the rotation in radians a position, for each pair of a head's dimensions."""
+    exponents = np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
+    frequencies = 1.0 / config.rope_theta**exponents
+    if config.rope_scaling is not None:
+        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
+    return frequencies.astype(np.float32)
+
+
+def rope(
+    x: Float[Array, "T N H"], positions: Int[Array, "T"], frequencies: Float[np.ndarray, "H/2"]
+) -> Float[Array, "T N H"]:
+    """Rotary position embedding (Su et al. 2021), a head's halves being the pairs."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+
+
+def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+    """Llama 3.1's rule: stretch long wavelengths, keep short ones, blend between."""
+    wavelengths = 2 * math.pi / frequencies
+    low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+    kept = (scaling.original_context_len / wavelengths - low) / (high - low)
+    kept = np.clip(kept, 0.0, 1.0)
+    return frequencies * (kept + (1 - kept) / scaling.factor)

@@ -1,0 +1,218 @@
+"""Paged attention in jnp: the definition, and the body wherever no kernel is built.
+
+It costs what the cached tokens cost, not what the page table could hold: blocks of pages are
+gathered in loops whose trip counts are data, with the online softmax of Milakov and Gimelshein
+(2018) carried across them. Requests with one query are taken together, a row each; the others
+one after another, in tiles of queries.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, Ragged
+from pallasite.pallas_kernels.storage import decode, encode
+
+BLOCK_TOKENS = 128
+"""Cached tokens gathered at once."""
+
+TILE_QUERIES = 64
+"""Queries of one request that are attended together."""
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_new: Float[Array, "T K 2 H"],
+    cache: jax.Array,
+    layer: Int[Array, ""],
+    ragged: Ragged,
+    config: AttentionConfig,
+) -> tuple[Float[Array, "T N H"], jax.Array]:
+    """See the op in the package."""
+    cache = write(kv_new, cache, layer, ragged)
+    num_tokens, num_heads, head_width = q.shape
+    num_rows = ragged.kv_lens.shape[0]
+    q = q.astype(jnp.float32) * config.scale
+    q = q.reshape(num_tokens, cache.shape[2], num_heads // cache.shape[2], head_width)
+    reader = _BlockReader.make(cache, layer, ragged.page_table)
+    out = _attend_decode(q[:num_rows], reader, ragged, config)
+    if num_tokens > num_rows:
+        out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0), (0, 0)))
+        out = _attend_prefill(q, out, reader, ragged, config)
+    return out.reshape(num_tokens, num_heads, head_width), cache
+
+
+def write(
+    kv_new: Float[Array, "T K 2 H"], cache: jax.Array, layer: Int[Array, ""], ragged: Ragged
+) -> jax.Array:
+    """Returns the cache with each live token's keys and values in its place."""
+    token = jnp.arange(kv_new.shape[0], dtype=jnp.int32)
+    row = jnp.sum(token[:, None] >= ragged.query_starts[None, 1:], axis=1, dtype=jnp.int32)
+    page_size = cache.shape[4]
+    page = ragged.page_table[row, ragged.positions // page_size]
+    page = jnp.where(token < ragged.query_starts[-1], page, cache.shape[1])
+    held = encode(kv_new, cache.dtype)
+    return cache.at[layer, page, :, :, ragged.positions % page_size].set(held, mode="drop")
+
+
+class _BlockReader(NamedTuple):
+    """Reads BLOCK_TOKENS cached tokens of a request at a time."""
+
+    cache: jax.Array
+    layer: Int[Array, ""]
+    page_table: Int[Array, "B M"]
+    num_pages: int
+
+    @classmethod
+    def make(
+        cls, cache: jax.Array, layer: Int[Array, ""], page_table: Int[Array, "B M"]
+    ) -> "_BlockReader":
+        num_pages = max(1, BLOCK_TOKENS // cache.shape[4])
+        surplus = -page_table.shape[1] % num_pages
+        return cls(cache, layer, jnp.pad(page_table, ((0, 0), (0, surplus))), num_pages)
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_pages * self.cache.shape[4]
+
+    def pages_of_row(self, row: Int[Array, ""], block: Int[Array, ""]) -> Int[Array, "p"]:
+        start = (row, block * self.num_pages)
+        return jax.lax.dynamic_slice(self.page_table, start, (1, self.num_pages))[0]
+
+    def pages_of_all(self, block: Int[Array, ""]) -> Int[Array, "B p"]:
+        return jax.lax.dynamic_slice_in_dim(
+            self.page_table, block * self.num_pages, self.num_pages, axis=1
+        )
+
+    def read(self, pages: Int[Array, "*B p"]) -> tuple[Array, Array]:
+        """Returns keys and values `[*B, K, S, H]` of the pages' tokens, in f32."""
+        held = self.cache[self.layer, pages]
+        held = jnp.moveaxis(held, -5, -3)  # [*B, K, 2, p, page, H]
+        shape = (*held.shape[:-3], self.num_tokens, held.shape[-1])
+        kv = decode(held.reshape(shape)).astype(jnp.float32)
+        return kv[..., 0, :, :], kv[..., 1, :, :]
+
+
+class _Softmax(NamedTuple):
+    """The online softmax of some queries: running maximum, sum and weighted values."""
+
+    maximum: Float[Array, "*q"]
+    total: Float[Array, "*q"]
+    weighted: Float[Array, "*q H"]
+
+    @classmethod
+    def start(cls, q: Float[Array, "*q H"]) -> "_Softmax":
+        return cls(
+            jnp.full(q.shape[:-1], -jnp.inf, jnp.float32),
+            jnp.zeros(q.shape[:-1], jnp.float32),
+            jnp.zeros(q.shape, jnp.float32),
+        )
+
+    def add(
+        self,
+        scores: Float[Array, "*q S"],
+        visible: Bool[Array, "*q S"],
+        weigh: jax.tree_util.Partial,
+    ) -> "_Softmax":
+        """Takes in one block; `weigh` turns its probabilities into weighted values."""
+        scores = jnp.where(visible, scores, -jnp.inf)
+        maximum = jnp.maximum(self.maximum, jnp.max(scores, axis=-1))
+        finite = jnp.where(maximum == -jnp.inf, 0.0, maximum)
+        shrink = jnp.exp(self.maximum - finite)
+        probabilities = jnp.exp(scores - finite[..., None])
+        return _Softmax(
+            maximum,
+            self.total * shrink + jnp.sum(probabilities, axis=-1),
+            self.weighted * shrink[..., None] + weigh(probabilities),
+        )
+
+    def result(self) -> Float[Array, "*q H"]:
+        return self.weighted / jnp.where(self.total == 0, 1.0, self.total)[..., None]
+
+
+def _attend_decode(
+    q: Float[Array, "B K G H"], reader: _BlockReader, ragged: Ragged, config: AttentionConfig
+) -> Float[Array, "B K G H"]:
+    """One query a row, at the row's last position; other rows come back as zeros."""
+    num_rows = q.shape[0]
+    is_decode = jnp.arange(num_rows, dtype=jnp.int32) < ragged.num_decode
+    kv_lens = jnp.where(is_decode, ragged.kv_lens, 0)
+    starts = jnp.where(is_decode, _first_visible(kv_lens - 1, config), jnp.iinfo(jnp.int32).max)
+
+    def block(index: Int[Array, ""], softmax: _Softmax) -> _Softmax:
+        k, v = reader.read(reader.pages_of_all(index))
+        s = index * reader.num_tokens + jnp.arange(reader.num_tokens, dtype=jnp.int32)
+        visible = (s[None] < kv_lens[:, None]) & (s[None] >= starts[:, None])
+        scores = _cap(jnp.einsum("bkgh,bksh->bkgs", q, k), config)
+        # Rows of a page that were never written may hold anything, and 0 * NaN is NaN.
+        v = jnp.where(visible[:, None, :, None], v, 0.0)
+        weigh = jax.tree_util.Partial(lambda p: jnp.einsum("bkgs,bksh->bkgh", p, v))
+        return softmax.add(scores, visible[:, None, None, :], weigh)
+
+    first = jnp.min(starts) // reader.num_tokens
+    end = -(-jnp.max(kv_lens) // reader.num_tokens)
+    return jax.lax.fori_loop(first, end, block, _Softmax.start(q)).result()
+
+
+def _attend_prefill(
+    q: Float[Array, "T K G H"],
+    out: Float[Array, "T K G H"],
+    reader: _BlockReader,
+    ragged: Ragged,
+    config: AttentionConfig,
+) -> Float[Array, "T K G H"]:
+    """Fills in the outputs of the rows from num_decode on.
+
+    Tiles are written whole and in order, so that what a tile leaves beyond its request's end is
+    overwritten by the next request's, or lies in the padding.
+    """
+    num_tokens, tile_len = q.shape[0], min(TILE_QUERIES, q.shape[0])
+    padded = ((0, tile_len), (0, 0), (0, 0), (0, 0))
+    q, out = jnp.pad(q, padded), jnp.pad(out, padded)
+
+    def tile(row: Int[Array, ""], index: Int[Array, ""], out: Array) -> Array:
+        start = ragged.query_starts[row] + index * tile_len
+        q_len = ragged.query_starts[row + 1] - ragged.query_starts[row]
+        kv_len = ragged.kv_lens[row]
+        first_position = kv_len - q_len + index * tile_len
+        positions = first_position + jnp.arange(tile_len, dtype=jnp.int32)
+        starts = _first_visible(positions, config)
+        queries = jax.lax.dynamic_slice_in_dim(q, start, tile_len)
+        queries = jnp.transpose(queries, (1, 2, 0, 3))  # [K, G, t, H]
+
+        def block(index: Int[Array, ""], softmax: _Softmax) -> _Softmax:
+            k, v = reader.read(reader.pages_of_row(row, index))
+            s = index * reader.num_tokens + jnp.arange(reader.num_tokens, dtype=jnp.int32)
+            visible = (s[None] <= positions[:, None]) & (s[None] >= starts[:, None])
+            scores = _cap(jnp.einsum("kgth,ksh->kgts", queries, k), config)
+            v = jnp.where((s < kv_len)[None, :, None], v, 0.0)
+            weigh = jax.tree_util.Partial(lambda p: jnp.einsum("kgts,ksh->kgth", p, v))
+            return softmax.add(scores, visible[None, None], weigh)
+
+        first = jnp.maximum(starts[0], 0) // reader.num_tokens
+        end = -(-jnp.minimum(kv_len, first_position + tile_len) // reader.num_tokens)
+        done = jax.lax.fori_loop(first, end, block, _Softmax.start(queries)).result()
+        done = jnp.transpose(done, (2, 0, 1, 3))
+        return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=0)
+
+    def request(row: Int[Array, ""], out: Array) -> Array:
+        q_len = ragged.query_starts[row + 1] - ragged.query_starts[row]
+        num_tiles = -(-q_len // tile_len)
+        return jax.lax.fori_loop(0, num_tiles, lambda index, out: tile(row, index, out), out)
+
+    out = jax.lax.fori_loop(ragged.num_decode, ragged.num_requests, request, out)
+    return out[:num_tokens]
+
+
+def _first_visible(positions: Int[Array, "*q"], config: AttentionConfig) -> Int[Array, "*q"]:
+    if config.window is None:
+        return jnp.zeros_like(positions)
+    return jnp.maximum(positions - config.window + 1, 0)
+
+
+def _cap(scores: Float[Array, "*s"], config: AttentionConfig) -> Float[Array, "*s"]:
+    if config.soft_cap is None:
+        return scores
+    return config.soft_cap * jnp.tanh(scores / config.soft_cap)
