@@ -47,8 +47,8 @@ reliability: .venv/test.stamp
 proto: .venv/test.stamp
 	rm -rf build/proto && mkdir -p build/proto
 	$(BIN)/python -m grpc_tools.protoc -Ipallasite/proto=proto --python_out=build/proto \
-		--grpc_python_out=build/proto $(patsubst %,pallasite/%,$(wildcard proto/*.proto))
-	cp build/proto/pallasite/proto/*.py proto/
+		--pyi_out=build/proto --grpc_python_out=build/proto $(patsubst %,pallasite/%,$(wildcard proto/*.proto))
+	cp build/proto/pallasite/proto/* proto/
 
 wheel-check: .venv/run.stamp
 	.ci/wheel_check $(BIN)/python
