@@ -54,6 +54,8 @@ def _in_three_parts(message: str, prog: str) -> str:
             return f"got {choices[1]} for {name}; allowed are {choices[2]}; {change}"
         if what.startswith("expected"):
             return f"got {name} without its value; {what}; {change}"
+        if other := re.fullmatch(r"not allowed with argument (\S+)", what):
+            return f"got {name} and {other[1]}; only one of them is allowed; leave one out"
         if "; allowed is " in what:
             return f"got {name} {what}; {change}"
         return f"got {name}, {what}; {change}"
@@ -96,9 +98,9 @@ def build_parser() -> Parser:
     _add_model_or_server(generate)
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument(
-        "--prompt", type=TEXT, metavar="TEXT", help="the prompt; - reads standard input"
+        "--prompt", type=TEXT, metavar="TEXT", help="the prompt; - reads standard input (required)"
     )
-    prompt.add_argument("--prompt-ids", type=IDS, metavar=IDS.metavar, help="the prompt's ids")
+    prompt.add_argument("--prompt-ids", type=IDS, metavar=IDS.metavar, help="or its ids (required)")
     _add_sampling_flags(generate)
     _add_engine_flags(generate)
 
@@ -109,14 +111,20 @@ def build_parser() -> Parser:
     chat.add_argument(
         "--message", type=TEXT, metavar="TEXT", help="send this alone (default: read lines)"
     )
-    chat.add_argument("--system", type=TEXT, metavar="TEXT", help="the system message (no default)")
+    chat.add_argument(
+        "--system", type=TEXT, metavar="TEXT", help="the system message (default: none)"
+    )
     _add_sampling_flags(chat)
     _add_engine_flags(chat)
 
     score = commands.add_parser("score", help="log-probabilities of token sequences")
     _add_model_or_server(score)
     score.add_argument(
-        "--input", type=FILE, metavar="FILE", required=True, help="a JSON list of {ids: [ID, ...]}"
+        "--input",
+        type=FILE,
+        metavar="FILE",
+        required=True,
+        help="a JSON list of {ids: [ID, ...]} (required)",
     )
     _add_engine_flags(score)
 

@@ -1,7 +1,7 @@
 """The command line's flags: one row a flag, its default taken from the config that it sets.
 
-A row names a field of a frozen dataclass; the name, default and place of the flag follow from it, so
-that `--help` cannot show another default than the one that runs.
+A row names a field of a frozen dataclass; the flag's name, default and place follow from it. So
+`--help` cannot show another default than the one that runs.
 """
 
 import argparse
