@@ -26,6 +26,7 @@ from pallasite.server.flags import (
     TEXT,
     TEXT_LIMIT_FLAGS,
     WHOLE,
+    Flag,
     add_flags,
     read_flags,
 )
@@ -141,7 +142,7 @@ def build_parser() -> Parser:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine that the flags ask for. Raises ConfigError where they contradict."""
-    flags = ENGINE_FLAGS
+    flags: tuple[Flag, ...] = ENGINE_FLAGS
     more: dict[str, Any] = {"compile_cache": args.compile_cache}
     if args.command == "serve":
         flags += QUEUE_FLAGS
