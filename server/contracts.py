@@ -1,0 +1,120 @@
+"""What the server needs of an engine: the engine has it, and so does a test's fake one."""
+
+from collections.abc import AsyncIterator
+from typing import Protocol, runtime_checkable
+
+from pallasite.engine.config import EngineConfig
+from pallasite.engine.request import KvHandle, Request, TokenEvent
+from pallasite.models.config import ModelConfig
+
+
+@runtime_checkable
+class TokenStream(Protocol):
+    """The events of one request; it ends after each of its completions has finished.
+
+    Attributes:
+        request_id: names the request for `Engine.abort` and `Engine.stop`.
+        handle: of a prefill that has ended, the lease on its pages; None where the first token
+            ended the completion.
+    """
+
+    @property
+    def request_id(self) -> str: ...
+    @property
+    def handle(self) -> KvHandle | None: ...
+
+    def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
+
+
+@runtime_checkable
+class EngineLoad(Protocol):
+    """How busy an engine is."""
+
+    @property
+    def num_running(self) -> int: ...
+    @property
+    def num_waiting(self) -> int: ...
+    @property
+    def num_pages(self) -> int: ...
+    @property
+    def num_free_pages(self) -> int: ...
+    @property
+    def num_leased_pages(self) -> int: ...
+
+
+@runtime_checkable
+class EngineMetrics(Protocol):
+    """An engine's vital signs.
+
+    Attributes:
+        compilations: programs compiled since the start.
+        misses: batches that no compiled program fits.
+        last_step_monotonic_s: `time.monotonic` at the end of the last step.
+        is_alive: whether the engine's loop runs.
+    """
+
+    @property
+    def compilations(self) -> int: ...
+    @property
+    def misses(self) -> int: ...
+    @property
+    def last_step_monotonic_s(self) -> float: ...
+    @property
+    def is_alive(self) -> bool: ...
+
+
+@runtime_checkable
+class PageAudit(Protocol):
+    """The pages of the cache, counted and checked; `problems` is empty where all is well."""
+
+    @property
+    def free(self) -> int: ...
+    @property
+    def used(self) -> int: ...
+    @property
+    def leased(self) -> int: ...
+    @property
+    def total(self) -> int: ...
+    @property
+    def problems(self) -> tuple[str, ...]: ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """Token ids in, token ids out. Each method may be called from any thread and returns at once,
+    but `drain` and `close`, which wait. Each raises RequestError where it cannot serve."""
+
+    @property
+    def model_config(self) -> ModelConfig: ...
+    @property
+    def config(self) -> EngineConfig: ...
+    @property
+    def epoch(self) -> str: ...
+    @property
+    def max_context_len(self) -> int: ...
+    @property
+    def metrics(self) -> EngineMetrics: ...
+
+    def submit(self, request: Request) -> TokenStream: ...
+
+    def abort(self, request_id: str) -> bool: ...
+
+    def stop(self, request_id: str, index: int, matched: str, num_tokens: int) -> None: ...
+
+    def prefill(self, request: Request, lease_s: float) -> TokenStream: ...
+
+    def decode(
+        self, handle_id: str, epoch: str, tenant: str, timeout_s: float | None
+    ) -> TokenStream: ...
+
+    def release(self, handle_id: str, epoch: str, tenant: str) -> None: ...
+
+    def extend_lease(self, handle_id: str, epoch: str, tenant: str, lease_s: float) -> KvHandle: ...
+
+    def load(self) -> EngineLoad: ...
+
+    def audit(self) -> PageAudit: ...
+
+    def drain(self, timeout_s: float) -> bool: ...
+
+    def close(self) -> None: ...
