@@ -1,0 +1,73 @@
+"""What a tokenizer is made of, whichever file it came from, and what every source shares.
+
+A source (`tokenizer_gguf.py`, `tokenizer_hf.py`) builds the parts; `tokenizer.py` works with them
+and knows no file.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import tokenizers
+
+from pallasite.engine.errors import ConfigError, RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerParts:
+    """An encoder and what its own library does not know of it.
+
+    Attributes:
+        encoder: the library's tokenizer, special tokens added, without truncation or padding.
+        special_tokens: id to the special (control) token of that id.
+        is_byte_level: whether a token's text stands for bytes, one character each (GPT-2); else
+            it is a SentencePiece piece, with U+2581 for a space and `<0x0A>` for a byte.
+        strips_leading_space: whether decoding drops the one space that encoding put in front.
+        prefix_ids: put in front of a prompt that asks for special tokens.
+        suffix_ids: put behind it.
+        bos_token_id: the id that begins a sequence, or None.
+        eos_token_ids: ids that end one, the first named first; possibly none.
+        chat_template: the source of the chat template, or None.
+    """
+
+    encoder: tokenizers.Tokenizer
+    special_tokens: Mapping[int, tokenizers.AddedToken]
+    is_byte_level: bool
+    strips_leading_space: bool
+    prefix_ids: tuple[int, ...]
+    suffix_ids: tuple[int, ...]
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    chat_template: str | None
+
+    def __post_init__(self) -> None:
+        size = self.encoder.get_vocab_size(with_added_tokens=True)
+        named = {"bos_token_id": [self.bos_token_id], "eos_token_id": self.eos_token_ids}
+        for name, ids in named.items():
+            for token_id in ids:
+                if token_id is not None and self.encoder.id_to_token(token_id) is None:
+                    raise ConfigError(
+                        f"got {name}={token_id} in the tokenizer; it must be the id of one of its"
+                        f" {size} tokens; mend the checkpoint's tokenizer settings"
+                    )
+
+
+def added(text: str, *, is_special: bool) -> tokenizers.AddedToken:
+    """Returns a token that is matched in the text as written, before any normalization."""
+    return tokenizers.AddedToken(text, special=is_special, normalized=False)
+
+
+def check_text(text: str, field: str) -> None:
+    """Raises RequestError naming `field` where the text has no UTF-8 form (a lone surrogate)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RequestError(
+            f"got U+{ord(text[error.start]):04X} at character {error.start} of {field}; text must"
+            " be valid Unicode, without lone surrogates; send it as UTF-8",
+            field=field,
+        ) from None
+
+
+def unique(ids: Iterable[int | None]) -> tuple[int, ...]:
+    """Returns the ids in order, each once, without those that are None."""
+    return tuple(dict.fromkeys(token_id for token_id in ids if token_id is not None))
