@@ -91,7 +91,7 @@ class Sampled:
 def neutral_rows(num_rows: int, num_bans: int) -> SamplingRows:
     """Returns greedy rows without any processing, as numpy arrays for a batch builder to fill."""
 
-    def filled(value: float, dtype: type) -> np.ndarray:
+    def filled(value: int | float, dtype: type) -> np.ndarray:
         return np.full((num_rows,), value, dtype)
 
     return SamplingRows(
@@ -199,6 +199,43 @@ def score_tokens(
     return logprob, jnp.pad(top_ids, missing, constant_values=-1), top_logprobs
 
 
+def kept_weights(
+    x: Float32[Array, "B V"],
+    best: Float32[Array, "B"],
+    rows: SamplingRows,
+    is_drawn: Bool[Array, "B"],
+) -> Float32[Array, "B V"]:
+    """Returns each token's probability relative to the likeliest one's; 0 where it is not kept.
+
+    Also 0 below 1e-38, which no draw could reach: the noise spans 11 orders of magnitude.
+
+    Args:
+        x: processed logits.
+        best: the greatest of each row.
+        is_drawn: rows whose temperature is above 0; the others' result means nothing.
+    """
+    temperature = jnp.where(is_drawn, rows.temperature, 1.0)
+    # The likeliest is subtracted first, so that a small temperature cannot overflow.
+    weights = jnp.exp((x - best[:, None]) / temperature[:, None])
+    weights = jnp.where(weights >= rows.min_p[:, None], weights, 0.0)
+    has_top_k = is_drawn & (rows.top_k > 0)
+    has_top_p = is_drawn & (rows.top_p < 1.0)
+
+    def keep_top_k(weights: Array) -> Array:
+        # Of the logits themselves: dividing by the temperature may make two of them equal.
+        wanted = jnp.where(has_top_k, rows.top_k.astype(jnp.float32), jnp.inf)
+        least = _threshold(x, jnp.ones_like, wanted)
+        return jnp.where(x >= least[:, None], weights, 0.0)
+
+    def keep_top_p(weights: Array) -> Array:
+        wanted = jnp.where(has_top_p, rows.top_p * jnp.sum(weights, axis=1), jnp.inf)
+        least = _threshold(weights, lambda weights: weights, wanted)
+        return jnp.where(weights >= least[:, None], weights, 0.0)
+
+    weights = _if_any(has_top_k, keep_top_k, weights)
+    return _if_any(has_top_p, keep_top_p, weights)
+
+
 def _no_scores(num_rows: int) -> tuple[Array, Array, Array]:
     return (
         jnp.zeros((num_rows,), jnp.float32),
@@ -218,7 +255,7 @@ def _add_bias(x: Array, rows: SamplingRows, state: SamplerState) -> Array:
 def _ban(x: Array, rows: SamplingRows) -> Array:
     if_token, banned = rows.bans[:, :, 0], rows.bans[:, :, 1]
     applies = (banned >= 0) & ((if_token == -1) | (if_token == rows.last_token[:, None]))
-    row_index = jnp.arange(x.shape[0])[:, None]
+    row_index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
     return x.at[row_index, jnp.where(applies, banned, x.shape[1])].set(-jnp.inf, mode="drop")
 
 
@@ -250,33 +287,9 @@ def _draw(x: Array, best: Array, rows: SamplingRows, is_drawn: Array) -> Array:
     weight / e wins, e being independent exponential noise; its logarithm is logit + Gumbel noise,
     and it needs one logarithm fewer.
     """
-    weights = _kept_weights(x, best, rows, is_drawn)
+    weights = kept_weights(x, best, rows, is_drawn)
     race = jnp.where(is_drawn[:, None], weights / _exponential_noise(rows, x.shape[1]), x)
     return _first_equal(race, jnp.max(race, axis=1))
-
-
-def _kept_weights(x: Array, best: Array, rows: SamplingRows, is_drawn: Array) -> Array:
-    """Returns probabilities relative to the likeliest token's, 0 where not kept: f32[B, V]."""
-    temperature = jnp.where(is_drawn, rows.temperature, 1.0)
-    # The likeliest is subtracted first, so that a small temperature cannot overflow.
-    weights = jnp.exp((x - best[:, None]) / temperature[:, None])
-    weights = jnp.where(weights >= rows.min_p[:, None], weights, 0.0)
-    has_top_k = is_drawn & (rows.top_k > 0)
-    has_top_p = is_drawn & (rows.top_p < 1.0)
-
-    def keep_top_k(weights: Array) -> Array:
-        # Of the logits themselves: dividing by the temperature may make two of them equal.
-        wanted = jnp.where(has_top_k, rows.top_k.astype(jnp.float32), jnp.inf)
-        least = _threshold(x, jnp.ones_like, wanted)
-        return jnp.where(x >= least[:, None], weights, 0.0)
-
-    def keep_top_p(weights: Array) -> Array:
-        wanted = jnp.where(has_top_p, rows.top_p * jnp.sum(weights, axis=1), jnp.inf)
-        least = _threshold(weights, lambda weights: weights, wanted)
-        return jnp.where(weights >= least[:, None], weights, 0.0)
-
-    weights = _if_any(has_top_k, keep_top_k, weights)
-    return _if_any(has_top_p, keep_top_p, weights)
 
 
 _Search = tuple[Array, Array, Array, Array]
