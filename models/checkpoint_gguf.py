@@ -274,7 +274,6 @@ def recover_rope_scaling(divisors: np.ndarray, rope_theta: float) -> RopeScaling
     differently from the original and yet divides the same frequencies by the same numbers, which is
     checked. Raises CheckpointError where no scaling of this form does.
     """
-    divisors = divisors.astype(np.float64)
     refusal = CheckpointError(
         f"got tensor {ROPE_FACTORS!r} with values that Llama 3's scaling does not make; frequencies"
         " must be kept, blended and stretched by one factor; convert the model again"
@@ -283,7 +282,8 @@ def recover_rope_scaling(divisors: np.ndarray, rope_theta: float) -> RopeScaling
         return None
     if divisors.min() < 1.0:
         raise refusal
-    factor = _rounded(float(divisors.max()))
+    factor = float(str(divisors.max()))  # the shortest decimal: 8.0, or 11.7836
+    divisors = divisors.astype(np.float64)
     kept = (1.0 / divisors - 1.0 / factor) / (1.0 - 1.0 / factor)
     turns = _frequencies(2 * len(divisors), rope_theta) / (2 * np.pi)
     points = _line(turns, kept)

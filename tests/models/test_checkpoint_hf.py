@@ -288,40 +288,40 @@ def entry(shape=(2,), dtype="F32", offsets=(0, 8)) -> dict[str, object]:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
 
-@pytest.mark.parametrize(
-    ("content", "named"),
-    [
-        (b"", "0 bytes in a file of 0"),
-        (b"\x00" * 7, "file of 7"),
-        (b"\x00" * 8, "0 bytes in a file of 8"),
-        ((2**63).to_bytes(8, "little") + b"{}", "9223372036854775808 bytes"),
-        ((3).to_bytes(8, "little") + b"{}", "3 bytes in a file of 10"),
-        (safetensors_bytes(b"{x"), "not valid JSON"),
-        (safetensors_bytes(b"[]"), "a list"),
-        (safetensors_bytes(b'{"w":1,"w":2}'), "'w' stands twice"),
-        (safetensors_bytes({"w": []}), "'w'.*three fields"),
-        (safetensors_bytes({"w": {"dtype": "F32"}}), "'w'.*three fields"),
-        (
-            safetensors_bytes({"w": entry(dtype="I64")}, bytes(8)),
-            "'w' of type 'I64'.*F32, F16, BF16",
-        ),
-        (safetensors_bytes({"w": entry(dtype=[])}, bytes(8)), "'w' of type a list"),
-        (safetensors_bytes({"w": entry(shape=[-2])}, bytes(8)), "shape of tensor 'w'"),
-        (safetensors_bytes({"w": entry(shape=[True])}, bytes(8)), "shape of tensor 'w'"),
-        (safetensors_bytes({"w": entry(shape=[1] * 9)}, bytes(4)), "at most 8"),
-        (safetensors_bytes({"w": entry(shape=[2**62] * 8)}, bytes(8)), "'w' with 8 bytes"),
-        (safetensors_bytes({"w": entry(offsets=[8, 0])}, bytes(8)), "data_offsets of tensor 'w'"),
-        (safetensors_bytes({"w": entry(offsets=[0])}, bytes(8)), "data_offsets of tensor 'w'"),
-        (safetensors_bytes({"w": entry(shape=[3])}, bytes(8)), r"shape \[3\] of F32 takes 12"),
-        (safetensors_bytes({"w": entry()}, bytes(7)), "the end of tensor 'w'"),
-        (safetensors_bytes({"w": entry()}, bytes(9)), "the end of tensor 'w'"),
-        (safetensors_bytes({"w": entry(offsets=[4, 12])}, bytes(12)), "'w' at byte 4.*hole"),
-        (
-            safetensors_bytes({"w": entry(), "v": entry(offsets=[4, 12])}, bytes(12)),
-            "'v' at byte 4.*shares",
-        ),
-    ],
-)
+DAMAGED = [
+    (b"", "0 bytes in a file of 0"),
+    (b"\x00" * 7, "file of 7"),
+    (b"\x00" * 8, "0 bytes in a file of 8"),
+    ((2**63).to_bytes(8, "little") + b"{}", "9223372036854775808 bytes"),
+    ((3).to_bytes(8, "little") + b"{}", "3 bytes in a file of 10"),
+    (safetensors_bytes(b"{x"), "not valid JSON"),
+    (safetensors_bytes(b"[]"), "a list"),
+    (safetensors_bytes(b'{"w":1,"w":2}'), "'w' stands twice"),
+    (safetensors_bytes({"w": []}), "'w'.*three fields"),
+    (safetensors_bytes({"w": {"dtype": "F32"}}), "'w'.*three fields"),
+    (
+        safetensors_bytes({"w": entry(dtype="I64")}, bytes(8)),
+        "'w' of type 'I64'.*F32, F16, BF16",
+    ),
+    (safetensors_bytes({"w": entry(dtype=[])}, bytes(8)), "'w' of type a list"),
+    (safetensors_bytes({"w": entry(shape=[-2])}, bytes(8)), "shape of tensor 'w'"),
+    (safetensors_bytes({"w": entry(shape=[True])}, bytes(8)), "shape of tensor 'w'"),
+    (safetensors_bytes({"w": entry(shape=[1] * 9)}, bytes(4)), "at most 8"),
+    (safetensors_bytes({"w": entry(shape=[2**62] * 8)}, bytes(8)), "'w' with 8 bytes"),
+    (safetensors_bytes({"w": entry(offsets=[8, 0])}, bytes(8)), "data_offsets of tensor 'w'"),
+    (safetensors_bytes({"w": entry(offsets=[0])}, bytes(8)), "data_offsets of tensor 'w'"),
+    (safetensors_bytes({"w": entry(shape=[3])}, bytes(8)), r"shape \[3\] of F32 takes 12"),
+    (safetensors_bytes({"w": entry()}, bytes(7)), "the end of tensor 'w'"),
+    (safetensors_bytes({"w": entry()}, bytes(9)), "the end of tensor 'w'"),
+    (safetensors_bytes({"w": entry(offsets=[4, 12])}, bytes(12)), "'w' at byte 4.*hole"),
+    (
+        safetensors_bytes({"w": entry(), "v": entry(offsets=[4, 12])}, bytes(12)),
+        "'v' at byte 4.*shares",
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "named"), DAMAGED, ids=[named for _, named in DAMAGED])
 def test_a_damaged_safetensors_header_is_named(tmp_path, content, named):
     path = tmp_path / "x.safetensors"
     path.write_bytes(content)
