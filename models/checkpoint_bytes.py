@@ -1,7 +1,7 @@
 """Bytes of weights files: read in full or refused, and never a number that is not finite.
 
-Nothing is mapped: pages of a mapped file count as resident until the kernel takes them back, and a
-file cut short while it is mapped ends the process. Reads go straight into the tensor's own memory.
+Tensors are not mapped: pages of a mapped file count as resident until the kernel takes them back,
+and a file cut short under a mapping ends the process. Bytes go straight into the tensor's memory.
 """
 
 import math
