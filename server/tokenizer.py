@@ -52,6 +52,7 @@ class Tokenizer:
         self._encoder.encode_special_tokens = True
         self._continuing_encoder = _make_continuing(parts.encoder)
         special_tokens = [token for token in parts.special_tokens.values() if token.content]
+        self._found_ids = [i for i, token in parts.special_tokens.items() if token.content]
         self._splitter = _make_finder(special_tokens)
         self._finder = _make_finder([added(t.content, is_special=True) for t in special_tokens])
         self._added = parts.encoder.get_added_tokens_decoder()
@@ -65,9 +66,6 @@ class Tokenizer:
         self._present_bytes = bytes(
             byte for char, byte in _BYTES_BY_CHAR.items() if not parts.is_byte_level or char in ids
         )
-        self._special_ids_by_text = {
-            token.content: token_id for token_id, token in parts.special_tokens.items()
-        }
         self.bos_token_id = parts.bos_token_id
         self.eos_token_ids = parts.eos_token_ids
         self.adds_bos = self.bos_token_id is not None and self.bos_token_id in parts.prefix_ids
@@ -124,8 +122,8 @@ class Tokenizer:
     def _find(self, finder: tokenizers.Tokenizer, text: str) -> list[tuple[int, int, int]]:
         found = finder.encode(text, add_special_tokens=False)
         return [
-            (start, end, self._special_ids_by_text[content])
-            for content, (start, end) in zip(found.tokens, found.offsets, strict=True)
+            (start, end, self._found_ids[i])
+            for i, (start, end) in zip(found.ids, found.offsets, strict=True)
         ]
 
     def decode(self, ids: Sequence[int], *, skips_special: bool) -> str:
@@ -211,7 +209,7 @@ def _unspeakable(char: str, field: str) -> RequestError:
 
 
 def _make_finder(special_tokens: list[tokenizers.AddedToken]) -> tokenizers.Tokenizer:
-    """Returns an encoder that knows these tokens and nothing else: what it encodes is found."""
+    """Returns an encoder that knows these tokens, numbered from 0, and drops all other text."""
     finder = tokenizers.Tokenizer(models.BPE())
     finder.add_special_tokens(special_tokens)
     return finder

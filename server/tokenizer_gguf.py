@@ -58,26 +58,26 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         encoder = _build_sentencepiece(metadata, vocab, types, adds_space)
         adds_bos = True
 
+    bos = _read_id(metadata, "bos", len(texts))
+    eos = _read_id(metadata, "eos", len(texts))
+    # End of turn and end of message: the ids that end an answer besides the end of the text.
+    ends = unique([eos, *(_read_id(metadata, name, len(texts)) for name in ("eot", "eom"))])
     special_tokens = {
         token_id: added(text, is_special=True)
         for token_id, text in enumerate(texts)
-        if types[token_id] == TokenType.CONTROL
+        if types[token_id] == TokenType.CONTROL or token_id == bos or token_id in ends
     }
     encoder.add_special_tokens(list(special_tokens.values()))
     encoder.add_tokens(
         [
             added(text, is_special=False)
-            for text, token_type in zip(texts, types, strict=True)
-            if token_type == TokenType.USER_DEFINED
+            for token_id, text in enumerate(texts)
+            if types[token_id] == TokenType.USER_DEFINED and token_id not in special_tokens
         ]
     )
 
-    bos = _read(metadata, "bos_token_id", int, None)
-    eos = _read(metadata, "eos_token_id", int, None)
     adds_bos = _read(metadata, "add_bos_token", bool, adds_bos)
     adds_eos = _read(metadata, "add_eos_token", bool, False)
-    # End of turn and end of message: the ids that end an answer besides the end of the text.
-    ends = [_read(metadata, f"{name}_token_id", int, None) for name in ("eot", "eom")]
     chat_template = metadata.get("tokenizer.chat_template")
     return TokenizerParts(
         encoder=encoder,
@@ -87,7 +87,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         prefix_ids=unique([bos]) if adds_bos else (),
         suffix_ids=unique([eos]) if adds_eos else (),
         bos_token_id=bos,
-        eos_token_ids=unique([eos, *ends]),
+        eos_token_ids=ends,
         chat_template=chat_template if isinstance(chat_template, str) else None,
     )
 
@@ -125,9 +125,7 @@ def _build_sentencepiece(
     num_bytes = sum(token_type == TokenType.BYTE for token_type in types)
     if num_bytes not in (0, 256):
         raise _damaged("token_type", f"{num_bytes} byte tokens", "256, or none")
-    unknown_id = _read(metadata, "unknown_token_id", int, None)
-    if unknown_id is not None and not 0 <= unknown_id < len(vocab):
-        raise _damaged("unknown_token_id", str(unknown_id), f"an id below {len(vocab)}")
+    unknown_id = _read_id(metadata, "unknown", len(vocab))
     encoder = Tokenizer(
         models.BPE(
             vocab=vocab,
@@ -201,6 +199,13 @@ def _read(metadata: Mapping[str, object], name: str, kind: type, default: Any = 
     if value is not default and not _is_a(value, kind):
         raise _damaged(name, f"a {type(value).__name__}", f"a {kind.__name__}")
     return value
+
+
+def _read_id(metadata: Mapping[str, object], name: str, vocab_size: int) -> int | None:
+    token_id: int | None = _read(metadata, f"{name}_token_id", int, None)
+    if token_id is not None and not 0 <= token_id < vocab_size:
+        raise _damaged(f"{name}_token_id", str(token_id), f"an id below {vocab_size}")
+    return token_id
 
 
 def _read_list(metadata: Mapping[str, object], name: str, kind: type) -> list[Any]:

@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 
 from pallasite.engine.errors import ConfigError
-from pallasite.server.tokenizer_parts import TokenizerParts, unique
+from pallasite.server.tokenizer_parts import TokenizerParts, added, unique
 
 _SPACE = "\u2581"
 
@@ -22,13 +22,13 @@ def build_from_folder(folder: Path) -> TokenizerParts:
     """
     encoder = _read_encoder(folder / "tokenizer.json")
     settings = _read_json(folder / "tokenizer_config.json")
+    bos = _token_id(encoder, settings, "bos_token")
+    eos = _token_id(encoder, settings, "eos_token")
     special_tokens = {
         token_id: token
         for token_id, token in encoder.get_added_tokens_decoder().items()
         if token.special
     }
-    bos = _token_id(encoder, settings, "bos_token")
-    eos = _token_id(encoder, settings, "eos_token")
     prefix_ids, suffix_ids = _find_surroundings(encoder)
     if bos is not None and (adds_bos := settings.get("add_bos_token")) is not None:
         prefix_ids = unique([bos, *prefix_ids]) if adds_bos else _without(prefix_ids, bos)
@@ -43,7 +43,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         prefix_ids=prefix_ids,
         suffix_ids=suffix_ids,
         bos_token_id=bos,
-        eos_token_ids=_read_ends(folder) or unique([eos]),
+        eos_token_ids=_read_ends(folder, encoder) or unique([eos]),
         chat_template=_read_chat_template(folder, settings),
     )
 
@@ -85,28 +85,37 @@ def _damaged(path: Path, got: str) -> ConfigError:
 
 
 def _token_id(encoder: tokenizers.Tokenizer, settings: dict[str, Any], name: str) -> int | None:
-    token = settings.get(name)
-    text = token.get("content") if isinstance(token, dict) else token
+    """Returns the id of BOS or EOS, a control token from now on, if it was not one before."""
+    setting = settings.get(name)
+    text = setting.get("content") if isinstance(setting, dict) else setting
     if text is None:
         return None
     token_id = encoder.token_to_id(text) if isinstance(text, str) else None
-    if token_id is None:
+    if token_id is None or not isinstance(text, str):
         raise ConfigError(
             f"got {name}={text!r} in tokenizer_config.json; it must be a token of tokenizer.json;"
             " mend one of the two"
         )
+    token = encoder.get_added_tokens_decoder().get(token_id)
+    if token is None or not token.special:
+        encoder.add_special_tokens([added(text, is_special=True)])
     return token_id
 
 
-def _read_ends(folder: Path) -> tuple[int, ...]:
+def _read_ends(folder: Path, encoder: tokenizers.Tokenizer) -> tuple[int, ...]:
     """Returns the ids that end an answer, of the generation settings or else of the config."""
     for name in ("generation_config.json", "config.json"):
         ends = _read_json(folder / name).get("eos_token_id")
         ends = ends if isinstance(ends, list) else [ends]
-        if not all(end is None or type(end) is int for end in ends):
-            raise _damaged(folder / name, f"eos_token_id={ends}")
-        if ids := unique(ends):
-            return ids
+        ids = tuple(end for end in ends if end is not None)
+        for token_id in ids:
+            if type(token_id) is not int or token_id < 0 or encoder.id_to_token(token_id) is None:
+                raise ConfigError(
+                    f"got eos_token_id={token_id!r} in {name}; it must be the id of a token of"
+                    " tokenizer.json; mend one of the two"
+                )
+        if ids:
+            return unique(ids)
     return ()
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import tokenizers
 
-from pallasite.engine.errors import ConfigError, RequestError
+from pallasite.engine.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,17 +38,6 @@ class TokenizerParts:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     chat_template: str | None
-
-    def __post_init__(self) -> None:
-        size = self.encoder.get_vocab_size(with_added_tokens=True)
-        named = {"bos_token_id": [self.bos_token_id], "eos_token_id": self.eos_token_ids}
-        for name, ids in named.items():
-            for token_id in ids:
-                if token_id is not None and self.encoder.id_to_token(token_id) is None:
-                    raise ConfigError(
-                        f"got {name}={token_id} in the tokenizer; it must be the id of one of its"
-                        f" {size} tokens; mend the checkpoint's tokenizer settings"
-                    )
 
 
 def added(text: str, *, is_special: bool) -> tokenizers.AddedToken:
