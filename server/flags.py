@@ -261,6 +261,16 @@ def read_flags(
     return config(**values, **more)
 
 
+def flags_given(args: argparse.Namespace, config: type, flags: Sequence[Flag]) -> list[str]:
+    """The flags whose values are not the defaults, as they are typed."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    return [
+        flag_name(config, flag)
+        for flag in flags
+        if getattr(args, _place(config, flag)) != defaults[flag.field]
+    ]
+
+
 def flag_name(config: type, flag: Flag) -> str:
     """The flag as it is typed. A text's limit that a token limit shares its name with says so."""
     is_shared = config is TextLimits and flag.field in {f.field for f in LIMIT_FLAGS}

@@ -1,0 +1,103 @@
+"""`pallasite pull` and `pallasite info`: models as they lie on disk, and what they would need."""
+
+import argparse
+import importlib.metadata
+import json
+import math
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallasite.engine.config import EngineConfig
+from pallasite.engine.planner import choose_num_pages, default_cpu_pages, memory_limit
+from pallasite.models import pull as models_pull
+from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.registry import make_model
+from pallasite.models.weights import compute_dtype, num_bytes
+from pallasite.pallas_kernels.target import TARGETS, Target
+from pallasite.server.arguments import engine_config
+from pallasite.server.progress import progress_printer
+
+
+def pull(args: argparse.Namespace) -> int:
+    """Fetches a model."""
+    models_pull.pull(args.name, progress_printer())
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """Prints what runs here and, of a model, its sizes and memory plan."""
+    config = engine_config(args)
+    target = TARGETS[jax.default_backend()]
+    facts: dict[str, Any] = {
+        "versions": {
+            "pallasite": importlib.metadata.version("pallasite"),
+            "jax": jax.__version__,
+            "jaxlib": importlib.metadata.version("jaxlib"),
+            "python": platform.python_version(),
+        },
+        "target": {
+            "name": target.name,
+            "device": jax.devices()[0].device_kind,
+            "num_devices": jax.device_count(),
+            "page_size": target.page_size,
+        },
+        "compile_cache": _compile_cache(config.compile_cache),
+    }
+    if args.model is not None:
+        facts |= _model_facts(models_pull.locate(args.model), config, target)
+    if args.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for title, rows in facts.items():
+        print(title.replace("_", " "))
+        for name, value in rows.items():
+            print(f"  {name.replace('_', ' '):22} {_shown(name, value)}")
+    return 0
+
+
+def _compile_cache(folder: Path | None) -> dict[str, int]:
+    """How many compiled programs a compile cache holds, and their bytes."""
+    files = [] if folder is None else [p for p in folder.glob("*-cache") if p.is_file()]
+    return {"num_programs": len(files), "num_bytes": sum(p.stat().st_size for p in files)}
+
+
+def _model_facts(path: Path, config: EngineConfig, target: Target) -> dict[str, Any]:
+    """A model's sizes, and the bytes that it takes before any program runs."""
+    checkpoint = open_checkpoint(path)
+    model = checkpoint.config
+    abstract = make_model(model, config.weights, target)
+    max_context_len = config.max_context_len or model.context_len
+    num_pages = choose_num_pages(config, target.page_size)
+    if num_pages is None and target.platform == "cpu":
+        num_pages = default_cpu_pages(config, target.page_size, max_context_len)
+    spec = CacheSpec(
+        model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages or 0
+    )
+    memory: dict[str, Any] = {
+        "weights_bytes": num_bytes(abstract),
+        "page_bytes": spec.page_bytes,
+        "cached_token_bytes": spec.page_bytes // target.page_size,
+        "num_pages": num_pages,
+        "cached_tokens": None if num_pages is None else num_pages * target.page_size,
+        "cache_bytes": None if num_pages is None else spec.num_bytes,
+        "limit_bytes": memory_limit(jax.devices()[0]),
+    }
+    sizes = {
+        "num_parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
+        "weights": config.weights,
+        **asdict(model),
+    }
+    return {"model": sizes, "memory": memory}
+
+
+def _shown(name: str, value: Any) -> str:
+    if value is None:
+        return "known once it is compiled" if name in ("num_pages", "cached_tokens") else "-"
+    if name.endswith("_bytes"):
+        return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value:,} bytes"
+    return f"{value:,}" if type(value) is int else str(value)
