@@ -31,10 +31,10 @@ class EngineConfig:
         max_requests: completions that run at once, one row of a batch each, >= 2.
         max_context_len: prompt and completion tokens of one completion at most; None takes the
             model's own limit.
-        max_batch_tokens: tokens that one step computes at most, >= max_requests.
+        max_batch_tokens: tokens that one step computes at most, more than max_requests.
         num_pages: pages of the cache; None sizes it from `cache_tokens`.
-        cache_tokens: cached tokens over all requests when num_pages is None; None takes what
-            max_requests full contexts need, but 8 GiB at most on a CPU and what is free elsewhere.
+        cache_tokens: tokens that the cache holds over all requests; None takes all that fits on an
+            accelerator, and on a CPU 1,024 a request, but at least one whole context.
         max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
@@ -57,7 +57,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         _at_least("max_requests", self.max_requests, 2)
-        _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests)
+        _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests + 1)
         _at_least("max_waiting", self.max_waiting, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         _at_least("max_leases", self.max_leases, 0)

@@ -1,4 +1,4 @@
-"""What can go wrong with a request, as the engine says it; each protocol maps the code to its own."""
+"""What can go wrong with a request. Each protocol maps the code to one of its own."""
 
 from enum import StrEnum
 

@@ -1,0 +1,122 @@
+"""From a plan to the words that the step reads. Host arrays only."""
+
+import numpy as np
+
+from pallasite.engine.config import Limits
+from pallasite.engine.layout import SAMPLING_FIELDS, Bucket, Layout
+from pallasite.engine.request import SamplingParams
+from pallasite.engine.sampler_state import has_bias
+from pallasite.engine.scheduler import Plan, Row
+from pallasite.engine.sequence import Sequence
+
+
+class BatchBuilder:
+    """Keeps what a slot's sequence needs in every step, and fills in the rest step by step."""
+
+    def __init__(self, layouts: dict[Bucket, Layout], num_slots: int) -> None:
+        pages_per_request = next(iter(layouts.values())).pages_per_request
+        self._layouts = layouts
+        self._sampling: dict[str, np.ndarray] = {
+            name: np.zeros(num_slots, dtype) for name, dtype in SAMPLING_FIELDS.items()
+        }
+        self._page_table = np.zeros((num_slots, pages_per_request), np.int32)
+        self._num_pages = np.zeros(num_slots, np.int32)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Notes what is constant about a sequence that was just given its slot."""
+        slot, params = sequence.slot, sequence.request.params
+        for name in SAMPLING_FIELDS.keys() - {"seed", "has_bias", "num_logprobs"}:
+            self._sampling[name][slot] = getattr(params, name)
+        self._sampling["seed"][slot] = np.uint32(sequence.seed).view(np.int32)
+        self._sampling["has_bias"][slot] = has_bias(params)
+        self._sampling["num_logprobs"][slot] = -1 if params.logprobs is None else params.logprobs
+        self._num_pages[slot] = 0
+
+    def build(self, plan: Plan, bucket: Bucket, eos_token_ids: tuple[int, ...]) -> np.ndarray:
+        """Returns the words of a step that runs `plan`; nothing writes to them afterwards."""
+        layout = self._layouts[bucket]
+        words = np.zeros(layout.num_words, np.int32)
+        views = layout.views(words)
+        slots = np.array([row.slot for row in plan.rows], np.int32)
+        count = len(plan.rows)
+        start = 0
+        for index, row in enumerate(plan.rows):
+            self._fill_tokens(views, row, start)
+            self._note_pages(row)
+            views["query_starts"][index] = start
+            views["kv_lens"][index] = row.start + row.num_tokens
+            views["takes_previous"][index] = row.takes_previous
+            views["samples"][index] = row.samples
+            views["output_index"][index] = row.start + row.num_tokens - row.sequence.num_prompt
+            start += row.num_tokens
+        views["query_starts"][count:] = start
+        views["slot"][:count] = slots
+        views["page_table"][:count] = self._page_table[slots]
+        for name, values in self._sampling.items():
+            views[name][:count] = values[slots]
+        views["num_logprobs"][count:] = -1
+        views["num_requests"][...] = count
+        views["num_decode"][...] = plan.num_decode
+        views["bans"].fill(-1)
+        for index, row in enumerate(plan.rows):
+            may_ban = row.samples and _may_ban(row.sequence.request.params)
+            if may_ban and (pairs := bans(row, eos_token_ids)):
+                views["bans"][index, : len(pairs)] = pairs
+        return words
+
+    def _fill_tokens(self, views: dict[str, np.ndarray], row: Row, start: int) -> None:
+        end = start + row.num_tokens
+        stop = row.start + row.num_tokens
+        if not row.takes_previous:
+            views["token_ids"][start:end] = row.sequence.token_ids[row.start : stop]
+        views["positions"][start:end] = np.arange(row.start, stop, dtype=np.int32)
+        if row.sequence.needs_scores:
+            prompt = row.sequence.request.prompt_ids[row.start + 1 : stop + 1]
+            views["targets"][start : start + len(prompt)] = prompt
+            views["wants_scores"][...] = 1
+
+    def _note_pages(self, row: Row) -> None:
+        slot, pages = row.slot, row.sequence.pages
+        known = self._num_pages[slot]
+        if known < len(pages):
+            self._page_table[slot, known : len(pages)] = pages[known:]
+            self._num_pages[slot] = len(pages)
+
+
+def bans(row: Row, eos_token_ids: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Returns the pairs (if_token, banned) of the token that is sampled after a row's last.
+
+    Where the token fed is the slot's own last sample, the host may not know it yet: the pair then
+    leaves the comparison with it to the device.
+    """
+    params = row.sequence.request.params
+    end = row.start + row.num_tokens
+    pairs = []
+    if end - row.sequence.num_prompt < params.min_tokens:
+        pairs += [(-1, token_id) for token_id in {*eos_token_ids, *params.stop_token_ids}]
+    longest = max((len(word) for word in params.bad_words), default=0)
+    known_end = row.start if row.takes_previous else end
+    known = tuple(row.sequence.token_ids[max(0, known_end - longest) : known_end])
+    for word in params.bad_words:
+        prefix, last = word[:-1], word[-1]
+        if not prefix:
+            pairs.append((-1, last))
+        elif row.takes_previous:
+            if _ends_with(known, prefix[:-1]):
+                pairs.append((prefix[-1], last))
+        elif _ends_with(known, prefix):
+            pairs.append((-1, last))
+    return pairs
+
+
+def max_bans(limits: Limits, num_eos: int) -> int:
+    """Returns the most pairs that `bans` can give."""
+    return limits.max_bad_words + limits.max_stop_token_ids + num_eos
+
+
+def _may_ban(params: SamplingParams) -> bool:
+    return params.min_tokens > 0 or bool(params.bad_words)
+
+
+def _ends_with(token_ids: tuple[int, ...], suffix: tuple[int, ...]) -> bool:
+    return not suffix or token_ids[-len(suffix) :] == suffix

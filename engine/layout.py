@@ -1,0 +1,154 @@
+"""How a step's inputs lie in one array of 32-bit words, so that a step is one copy to the device.
+
+The host writes through numpy views; the program reads the same fields off the traced array.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Int
+
+from pallasite.engine.sampler import SamplingRows
+from pallasite.pallas_kernels.paged_attention import Ragged
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Bucket:
+    """The static shape of a step: T tokens for B rows. Where they are equal, all rows decode."""
+
+    num_tokens: int
+    num_rows: int
+
+    @property
+    def has_prefill(self) -> bool:
+        return self.num_tokens > self.num_rows
+
+    def __str__(self) -> str:
+        kind = "mixed" if self.has_prefill else "decode"
+        return f"{kind} of {self.num_tokens} tokens"
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class StepInputs:
+    """A step's inputs as the program sees them.
+
+    Attributes:
+        takes_previous: rows whose only token is their slot's last sample; its id here is 0.
+        samples: rows that sample a token.
+        rows: how; last_token is not known before the previous samples are taken.
+        targets: in mixed steps, the prompt token that follows each token.
+        wants_scores: whether any row's prompt is scored.
+    """
+
+    token_ids: Int[Array, "T"]
+    ragged: Ragged
+    takes_previous: Bool[Array, "B"]
+    samples: Bool[Array, "B"]
+    rows: SamplingRows
+    targets: Int[Array, "T"]
+    wants_scores: Bool[Array, ""]
+
+
+SAMPLING_FIELDS: dict[str, type] = {
+    "temperature": np.float32,
+    "top_k": np.int32,
+    "top_p": np.float32,
+    "min_p": np.float32,
+    "repetition_penalty": np.float32,
+    "presence_penalty": np.float32,
+    "frequency_penalty": np.float32,
+    "seed": np.int32,
+    "has_bias": np.int32,
+    "num_logprobs": np.int32,
+}
+"""The fields of `SamplingRows` that stay the same while a sequence runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Where each field of a bucket's inputs lies.
+
+    Attributes:
+        pages_per_request: M, the columns of the page table.
+        num_bans: W, the pairs of `SamplingRows.bans` in each row.
+    """
+
+    bucket: Bucket
+    pages_per_request: int
+    num_bans: int
+
+    @property
+    def num_words(self) -> int:
+        return sum(math.prod(shape) for _, shape, _ in self._fields())
+
+    def views(self, words: np.ndarray) -> dict[str, np.ndarray]:
+        """Returns each field as a view of the words, in its shape and dtype."""
+        views: dict[str, np.ndarray] = {}
+        offset = 0
+        for name, shape, dtype in self._fields():
+            end = offset + math.prod(shape)
+            views[name] = words[offset:end].view(dtype).reshape(shape)
+            offset = end
+        return views
+
+    def unpack(self, words: Int[Array, "W"]) -> StepInputs:
+        """Returns the inputs that the words hold; traced."""
+        fields: dict[str, Any] = {}
+        offset = 0
+        for name, shape, dtype in self._fields():
+            end = offset + math.prod(shape)
+            field = words[offset:end].reshape(shape)
+            if dtype is np.float32:
+                field = jax.lax.bitcast_convert_type(field, jnp.float32)
+            fields[name] = field
+            offset = end
+        ragged = Ragged(
+            positions=fields["positions"],
+            query_starts=fields["query_starts"],
+            kv_lens=fields["kv_lens"],
+            page_table=fields["page_table"],
+            num_requests=fields["num_requests"],
+            num_decode=fields["num_decode"],
+        )
+        sampling = {name: fields[name] for name in SAMPLING_FIELDS}
+        sampling["has_bias"] = sampling["has_bias"] != 0
+        rows = SamplingRows(
+            **sampling,
+            output_index=fields["output_index"],
+            slot=fields["slot"],
+            bans=fields["bans"],
+            last_token=jnp.zeros_like(fields["slot"]),
+        )
+        return StepInputs(
+            token_ids=fields["token_ids"],
+            ragged=ragged,
+            takes_previous=fields["takes_previous"] != 0,
+            samples=fields["samples"] != 0,
+            rows=rows,
+            targets=fields["targets"],
+            wants_scores=fields["wants_scores"] != 0,
+        )
+
+    def _fields(self) -> Iterator[tuple[str, tuple[int, ...], type]]:
+        T, B = self.bucket.num_tokens, self.bucket.num_rows
+        yield "token_ids", (T,), np.int32
+        yield "positions", (T,), np.int32
+        yield "targets", (T,), np.int32
+        yield "query_starts", (B + 1,), np.int32
+        yield "kv_lens", (B,), np.int32
+        yield "page_table", (B, self.pages_per_request), np.int32
+        yield "takes_previous", (B,), np.int32
+        yield "samples", (B,), np.int32
+        yield "slot", (B,), np.int32
+        yield "output_index", (B,), np.int32
+        yield "bans", (B, self.num_bans, 2), np.int32
+        for name, dtype in SAMPLING_FIELDS.items():
+            yield name, (B,), dtype
+        for name in ("num_requests", "num_decode", "wants_scores"):
+            yield name, (), np.int32

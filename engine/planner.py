@@ -1,0 +1,104 @@
+"""How much memory a deployment needs, and how many pages that leaves. Decided before the cache is.
+
+Bytes come from shapes and from the compiler's own analysis of the largest program, never from what
+happens to be free after a guess.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+
+from pallasite.engine.config import EngineConfig
+from pallasite.models.errors import ConfigError
+from pallasite.models.kv_cache import CacheSpec
+
+CPU_TOKENS_PER_REQUEST = 1024
+"""What the default cache of a CPU holds for each request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes a device, by use.
+
+    Attributes:
+        temporaries: the largest program's, its results and its code included.
+        limit: what the device has for us; None where it does not say.
+    """
+
+    weights: int
+    cache: int
+    sampler: int
+    temporaries: int
+    limit: int | None
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.sampler + self.temporaries
+
+    def check(self) -> None:
+        """Raises ConfigError, with the numbers, where this does not fit."""
+        if self.limit is not None and self.total > self.limit:
+            raise ConfigError(
+                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, cache"
+                f" {_gb(self.cache)}, sampler {_gb(self.sampler)}, temporaries"
+                f" {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
+                " --cache-tokens, --max-requests or --max-batch-tokens, or take a smaller model"
+            )
+
+
+def choose_num_pages(config: EngineConfig, page_size: int) -> int | None:
+    """Returns the pages that the operator asked for, or None where they left it to us."""
+    if config.num_pages is None and config.cache_tokens is not None:
+        return -(-config.cache_tokens // page_size)
+    return config.num_pages
+
+
+def default_cpu_pages(config: EngineConfig, page_size: int, max_context_len: int) -> int:
+    """Returns the pages of the default cache on a CPU."""
+    tokens = max(CPU_TOKENS_PER_REQUEST * config.max_requests, max_context_len)
+    return -(-tokens // page_size)
+
+
+def pages_that_fit(plan: MemoryPlan, spec: CacheSpec) -> int:
+    """Returns how many pages fit beside the rest of `plan`. Raises ConfigError where none does."""
+    if plan.limit is None:
+        raise ConfigError(
+            "got no cache size, and this device does not say how much memory it has; allowed is"
+            " any number of tokens; give --cache-tokens"
+        )
+    left = plan.limit - (plan.total - plan.cache)
+    if left < spec.page_bytes:
+        plan.check()
+    return left // spec.page_bytes
+
+
+def memory_limit(device: jax.Device) -> int | None:
+    """Returns the bytes that this process may use on a device, or None where nothing says."""
+    if device.platform != "cpu":
+        stats = device.memory_stats()
+        return stats.get("bytes_limit") if stats else None
+    limits = [_meminfo("MemAvailable"), _cgroup_limit()]
+    known = [limit for limit in limits if limit is not None]
+    return min(known) if known else None
+
+
+def _meminfo(key: str) -> int | None:
+    path = Path("/proc/meminfo")
+    if not path.exists():
+        return None
+    for line in path.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == key:
+            return int(value.split()[0]) * 1024
+    return None
+
+
+def _cgroup_limit() -> int | None:
+    path = Path("/sys/fs/cgroup/memory.max")
+    text = path.read_text().strip() if path.exists() else "max"
+    return None if text == "max" else int(text)
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 1e9:.2f} GB"

@@ -1,0 +1,182 @@
+"""The table of compiled programs: everything is compiled before the first request, or never.
+
+A bucket that the table lacks, and any compilation in this process after `seal`, is counted.
+"""
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import jax
+import jax.monitoring
+import numpy as np
+from jax.sharding import Mesh
+
+from pallasite.engine.layout import Bucket, Layout
+from pallasite.engine.sampler_state import SamplerState, SlotEdit, edit_slot
+from pallasite.engine.step import make_step
+from pallasite.models.decoder import Decoder
+from pallasite.models.sharding import replicated
+
+EDIT_TOKENS = 1024
+"""Tokens of one edit of a slot; a longer prompt takes several."""
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProgramSpec:
+    """What all programs have in common: abstract weights, cache and sampler state on their mesh."""
+
+    model: Decoder
+    cache: jax.ShapeDtypeStruct
+    state: SamplerState
+    layouts: dict[Bucket, Layout]
+    mesh: Mesh
+
+
+class Programs:
+    """Compiled steps by bucket, and the program that edits a slot.
+
+    Attributes:
+        misses: buckets that were asked for and that the table does not have.
+    """
+
+    def __init__(self, spec: ProgramSpec) -> None:
+        self.misses = 0
+        self._spec = spec
+        self._steps: dict[Bucket, jax.stages.Compiled] = {}
+        self._edit: jax.stages.Compiled | None = None
+        self._is_sealed = False
+        self._compilations = 0
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @property
+    def compilations(self) -> int:
+        """Programs that this process compiled or loaded from the compile cache since `seal`."""
+        return self._compilations
+
+    @property
+    def buckets(self) -> list[Bucket]:
+        return sorted(self._spec.layouts)
+
+    def compile(self, progress: Callable[[str], None], num_threads: int = 2) -> None:
+        """Compiles every program, `num_threads` at a time."""
+        start = time.monotonic()
+        total = len(self._spec.layouts) + 1
+        with ThreadPoolExecutor(num_threads) as pool:
+            edit = pool.submit(self._compile_edit)
+            # The largest first: they take longest.
+            steps = {
+                bucket: pool.submit(self._compile_step, bucket) for bucket in reversed(self.buckets)
+            }
+            for done, (bucket, future) in enumerate(steps.items(), start=1):
+                self._steps[bucket] = future.result()
+                seconds = time.monotonic() - start
+                progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
+            self._edit = edit.result()
+
+    def seal(self) -> None:
+        """Ends compilation."""
+        self._is_sealed = True
+
+    def close(self) -> None:
+        """Stops counting."""
+        jax.monitoring.unregister_event_duration_listener(self._on_event)
+
+    def step(self, bucket: Bucket) -> jax.stages.Compiled:
+        """Returns a bucket's program. Raises LookupError, and counts, where there is none."""
+        try:
+            return self._steps[bucket]
+        except KeyError:
+            self.misses += 1
+            raise LookupError(f"no program was compiled for a {bucket}") from None
+
+    def edit(self, state: SamplerState, edit: SlotEdit) -> SamplerState:
+        """Applies an edit to the donated state."""
+        assert self._edit is not None, "compile() comes first"
+        return self._edit(state, edit)
+
+    def temporary_bytes(self) -> int:
+        """Returns the most memory that any program needs beside its arguments."""
+        return max(_temporary_bytes(step) for step in self._steps.values())
+
+    def aliased_bytes(self, bucket: Bucket) -> int:
+        """Returns the bytes of arguments that a program updates in place."""
+        analysis = self._steps[bucket].memory_analysis()
+        return 0 if analysis is None else analysis.alias_size_in_bytes
+
+    def _compile_step(self, bucket: Bucket) -> jax.stages.Compiled:
+        spec, layout = self._spec, self._spec.layouts[bucket]
+        weights, structure = jax.tree.flatten(spec.model)
+        everywhere = replicated(spec.mesh)
+        words = jax.ShapeDtypeStruct((layout.num_words,), np.int32, sharding=everywhere)
+        states = jax.tree.map(lambda leaf: leaf.sharding, spec.state)
+        outputs = (spec.cache.sharding, states, everywhere, everywhere)
+        step = jax.jit(make_step(structure, layout), donate_argnums=(1, 2), out_shardings=outputs)
+        return step.lower(weights, spec.cache, spec.state, words).compile()
+
+    def _compile_edit(self) -> jax.stages.Compiled:
+        everywhere = replicated(self._spec.mesh)
+
+        def each(dtype: type) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((EDIT_TOKENS,), dtype, sharding=everywhere)
+
+        def one(dtype: type) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
+
+        edit = SlotEdit(
+            slot=one(np.int32),
+            resets=one(np.bool_),
+            bias_fill=one(np.float32),
+            token_ids=each(np.int32),
+            marks_seen=each(np.bool_),
+            adds_count=each(np.int32),
+            sets_bias=each(np.bool_),
+            bias=each(np.float32),
+        )
+        states = jax.tree.map(lambda leaf: leaf.sharding, self._spec.state)
+        program = jax.jit(edit_slot, donate_argnums=0, out_shardings=states)
+        return program.lower(self._spec.state, edit).compile()
+
+    def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
+        if event == _COMPILE_EVENT and self._is_sealed:
+            self._compilations += 1
+
+
+def use_compile_cache(folder: Path) -> None:
+    """Makes JAX keep every compiled program in `folder`, for all of this process."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def bucket_ladder(max_rows: int, max_tokens: int, least_rows: int) -> list[Bucket]:
+    """Returns the buckets to compile: decode steps by rows, mixed steps by tokens.
+
+    Rows double from `least_rows` up to max_rows; tokens of mixed steps, whose rows are always
+    max_rows, quadruple down from max_tokens, since padding a prefill costs less than a program.
+    """
+    rows = []
+    size = least_rows
+    while size < max_rows:
+        rows.append(size)
+        size *= 2
+    buckets = [Bucket(num_tokens=count, num_rows=count) for count in (*rows, max_rows)]
+    tokens = max_tokens
+    while tokens > max_rows:
+        buckets.append(Bucket(num_tokens=tokens, num_rows=max_rows))
+        tokens = -(-tokens // 4)
+        if tokens < 64:
+            break
+    return sorted(buckets)
+
+
+def _temporary_bytes(program: jax.stages.Compiled) -> int:
+    analysis = program.memory_analysis()
+    if analysis is None:
+        return 0
+    outputs = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    return analysis.temp_size_in_bytes + outputs + analysis.generated_code_size_in_bytes

@@ -1,0 +1,106 @@
+"""The step: one program a bucket, from the last step's samples to this one's.
+
+Weights, cache and sampler state come in and go out; cache and state are donated here and nowhere
+else.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallasite.engine.layout import Layout
+from pallasite.engine.sampler import NUM_TOP, Sampled, sample, score_tokens
+from pallasite.engine.sampler_state import SamplerState, count_fed
+from pallasite.models.decoder import Decoder, forward, unembed
+
+SCORED_AT_ONCE = 64
+"""Prompt tokens whose logits stand in memory together while a prompt is scored."""
+
+RESULT_WIDTH = 3 + 2 * NUM_TOP
+"""Words a row of the result: token id, status, log-probability, top ids, top log-probabilities."""
+
+StepFunction = Callable[
+    [list[jax.Array], jax.Array, SamplerState, Int[Array, "W"]],
+    tuple[jax.Array, SamplerState, Int[Array, "B R"], Int[Array, "T R"]],
+]
+
+
+def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunction:
+    """Returns the step of one bucket, to be compiled.
+
+    It maps (weights, cache, sampler state, words of `layout`) to (cache, sampler state, results
+    [B, RESULT_WIDTH] of the rows, scores [T, RESULT_WIDTH] of the prompts), all results as i32
+    words. `structure` puts the leaves `weights` together to the model.
+    """
+
+    def step(
+        weights: list[jax.Array], cache: jax.Array, state: SamplerState, words: Int[Array, "W"]
+    ) -> tuple[jax.Array, SamplerState, Array, Array]:
+        model: Decoder = jax.tree.unflatten(structure, weights)
+        inputs = layout.unpack(words)
+        ragged, rows = inputs.ragged, inputs.rows
+        first = jnp.where(
+            inputs.takes_previous, ragged.query_starts[:-1], inputs.token_ids.shape[0]
+        )
+        token_ids = inputs.token_ids.at[first].set(state.last_token[rows.slot], mode="drop")
+        last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
+        rows = replace(rows, last_token=token_ids[last])
+        state = count_fed(state, rows.slot, rows.last_token, inputs.takes_previous)
+
+        hidden, cache = forward(model, cache, token_ids, ragged)
+        logits = unembed(model, hidden[last])
+        state, sampled = sample(logits, rows, state, inputs.samples)
+        scores = jnp.zeros((0, RESULT_WIDTH), jnp.int32)
+        if layout.bucket.has_prefill:
+            scores = jax.lax.cond(
+                inputs.wants_scores,
+                lambda: _score(model, hidden, inputs.targets),
+                lambda: jnp.zeros((hidden.shape[0], RESULT_WIDTH), jnp.int32),
+            )
+        return cache, state, _pack(sampled), scores
+
+    return step
+
+
+def _score(
+    model: Decoder, hidden: Float[Array, "T D"], targets: Int[Array, "T"]
+) -> Int[Array, "T R"]:
+    """Scores every token's successor, SCORED_AT_ONCE at a time."""
+    num_tokens, width = hidden.shape
+    chunk = min(SCORED_AT_ONCE, num_tokens)
+    surplus = -num_tokens % chunk
+    hidden = jnp.pad(hidden, ((0, surplus), (0, 0))).reshape(-1, chunk, width)
+    targets = jnp.pad(targets, (0, surplus)).reshape(-1, chunk)
+
+    def score(part: tuple[Array, Array]) -> Array:
+        logprob, top_ids, top_logprobs = score_tokens(unembed(model, part[0]), part[1])
+        status = jnp.zeros_like(part[1])
+        sampled = Sampled(
+            token_ids=part[1],
+            status=status,
+            logprob=logprob,
+            top_ids=top_ids,
+            top_logprobs=top_logprobs,
+        )
+        return _pack(sampled)
+
+    return jax.lax.map(score, (hidden, targets)).reshape(-1, RESULT_WIDTH)[:num_tokens]
+
+
+def _pack(sampled: Sampled) -> Int[Array, "B R"]:
+    def bits(x: Array) -> Array:
+        return jax.lax.bitcast_convert_type(x, jnp.int32)
+
+    return jnp.concatenate(
+        (
+            sampled.token_ids[:, None],
+            sampled.status[:, None],
+            bits(sampled.logprob)[:, None],
+            sampled.top_ids,
+            bits(sampled.top_logprobs),
+        ),
+        axis=1,
+    )
