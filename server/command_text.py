@@ -31,7 +31,7 @@ def generate(args: argparse.Namespace) -> int:
         async with open_session(args) as session:
             answers = await _answer(args, session, _text_request(args, prompt, params))
         if args.json:
-            print(json.dumps({"completions": [answer.as_json() for answer in answers]}, indent=2))
+            print(json.dumps({"completions": [answer.as_json() for answer in answers]}))
 
     asyncio.run(run())
     return 0
