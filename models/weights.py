@@ -33,7 +33,8 @@ class Declare:
     """Declares the weights of one model in one form for one target."""
 
     def __init__(self, form: WeightForm, target: Target) -> None:
-        self._matrix_dtype = storage_dtype(compute_dtype(form), target)
+        self._dtype = compute_dtype(form)
+        self._stacked_dtype = storage_dtype(self._dtype, target)
 
     def matrix(self, shape: tuple[int, ...], axes: tuple[str, ...], source: str) -> Weight:
         """Declares a weight of a matrix product, `[..., out, in]`, or an embedding.
@@ -41,7 +42,9 @@ class Declare:
         `source` is its Hugging Face name. Where that has `{layer}`, the weight stacks all layers
         along its first axis, which is then the logical axis "layers".
         """
-        return _declare(shape, axes, source, self._matrix_dtype)
+        # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
+        dtype = self._stacked_dtype if "{layer}" in source else self._dtype
+        return _declare(shape, axes, source, dtype)
 
     def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], source: str) -> Weight:
         """Declares a norm's scale or a bias: always f32, since it costs nothing."""
