@@ -157,9 +157,10 @@ SCALES_AT = {
 def random_blocks(
     rng: np.random.Generator, kind: str, num_blocks: int, block_bytes: int
 ) -> np.ndarray:
-    """Random bytes, uint8 [num_blocks, block_bytes], with scales of N(0, 1)."""
+    """Random bytes, uint8 [num_blocks, block_bytes], with scales of 0.5 to 2, of either sign."""
     blocks = rng.integers(0, 256, (num_blocks, block_bytes), dtype=np.uint8)
     for at in SCALES_AT[kind]:
-        scales = rng.normal(size=(num_blocks, 1)).astype(np.float16)
+        signs = rng.choice([-1.0, 1.0], (num_blocks, 1))
+        scales = (signs * rng.uniform(0.5, 2.0, (num_blocks, 1))).astype(np.float16)
         blocks[:, at : at + 2] = scales.view(np.uint8)
     return blocks

@@ -176,6 +176,12 @@ class TestContradictions:
         with pytest.raises(CheckpointError, match="2 layers and tensors of 1, numbered 0 to 0"):
             GgufCheckpoint(path)
 
+    def test_a_gap_between_layers(self, tmp_path):
+        gap = {name.replace("layers.1.", "layers.2."): t for name, t in TENSORS.items()}
+        path = write_gguf(tmp_path / "x.gguf", TINY, gap)
+        with pytest.raises(CheckpointError, match="2 layers and tensors of 2, numbered 0 to 2"):
+            GgufCheckpoint(path)
+
     def test_no_embedding(self, tmp_path):
         rest = {name: t for name, t in TENSORS.items() if "embed" not in name}
         with pytest.raises(CheckpointError, match=r"token_embd\.weight"):
