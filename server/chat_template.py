@@ -13,7 +13,7 @@ list is multiplied and printed in one expression.)
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -23,10 +23,10 @@ from pallasite.engine.errors import ConfigError, RequestError
 from pallasite.server.tokenizer import Tokenizer
 from pallasite.server.tokenizer_parts import check_text
 
-# A long conversation (1 MB over 100 messages) uses a tenth of it; an endless loop ends in 0.1 s.
+# A long conversation (1 MB over 100 messages) uses a tenth of it; an endless loop ends in 0.3 s.
 FUEL = 1_000_000
-MAX_INPUT_CHARS = 4 << 20
-MAX_OUTPUT_CHARS = 8 << 20
+# Of all strings in a conversation, and of what it renders to.
+MAX_CHARS = 4 << 20
 MAX_DEPTH = 32
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 
@@ -57,10 +57,12 @@ class ChatTemplate:
             debug=False,
         )
         self._taken = set(source).union(*map(tokenizer.token_text, tokenizer.special_ids))
-        bos, ends = tokenizer.bos_token_id, tokenizer.eos_token_ids
         self._tokens = {
-            "bos_token": "" if bos is None else tokenizer.token_text(bos),
-            "eos_token": tokenizer.token_text(ends[0]) if ends else "",
+            name: "" if token_id is None else tokenizer.token_text(token_id)
+            for name, token_id in (
+                ("bos_token", tokenizer.bos_token_id),
+                ("eos_token", tokenizer.eos_token_id),
+            )
         }
         try:
             self._environment.add_template("chat", source)
@@ -90,11 +92,11 @@ class ChatTemplate:
                 "got no messages; a conversation has at least one; add one", field="messages"
             )
         for i, message in enumerate(messages):
-            _check_message(i, message)
+            _check_role(i, message.get("role"))
         strings = [*_strings(messages, "messages"), *_strings(tools or [], "tools")]
-        if (num_chars := sum(map(len, strings))) > MAX_INPUT_CHARS:
+        if (num_chars := sum(map(len, strings))) > MAX_CHARS:
             raise RequestError(
-                f"got messages of {num_chars} characters; at most {MAX_INPUT_CHARS} are allowed;"
+                f"got messages of {num_chars} characters; at most {MAX_CHARS} are allowed;"
                 " shorten them",
                 field="messages",
             )
@@ -120,10 +122,10 @@ class ChatTemplate:
                 " be able to render them; change their roles, their order or their length",
                 field="messages",
             ) from None
-        if len(text) > MAX_OUTPUT_CHARS:
+        if len(text) > MAX_CHARS:
             raise RequestError(
-                f"got messages that render to {len(text)} characters; at most"
-                f" {MAX_OUTPUT_CHARS} are allowed; shorten them",
+                f"got messages that render to {len(text)} characters; at most {MAX_CHARS} are"
+                " allowed; shorten them",
                 field="messages",
             )
         return text
@@ -191,7 +193,7 @@ class _Mask:
     def hide_all(self, value: Any) -> Any:
         """Returns a copy of the value with every string in it hidden, keys of mappings as well."""
         if isinstance(value, str):
-            return self._hide_whole(self._replace(value, self._edges.find(value)))
+            return self._hide_whole(self._replace(value, [*self._edges.find(value)]))
         if isinstance(value, Mapping):
             return {self.hide_all(key): self.hide_all(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
@@ -208,7 +210,9 @@ class _Mask:
             text = self._replace(text, places)
         return text
 
-    def _replace(self, text: str, places: Iterable[int]) -> str:
+    def _replace(self, text: str, places: list[int]) -> str:
+        if not places:
+            return text
         chars = list(text)
         for place in places:
             chars[place] = self._stand_in(text[place])
@@ -226,12 +230,11 @@ class _Mask:
         return self._private[char]
 
 
-def _check_message(i: int, message: object) -> None:
-    role = message.get("role") if isinstance(message, Mapping) else None
+def _check_role(i: int, role: object) -> None:
     if role not in ROLES:
-        got = f"role {role!r}" if isinstance(message, Mapping) else f"a {type(message).__name__}"
         raise RequestError(
-            f"got {got} in message {i}; a message has a role, one of {', '.join(ROLES)}; change it",
+            f"got role {role!r} in message {i}; a message has a role, one of {', '.join(ROLES)};"
+            " change it",
             field="messages",
         )
 

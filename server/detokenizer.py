@@ -64,8 +64,7 @@ class Detokenizer:
         for i, token_id in enumerate(ids):
             if token_id in self._skipped_ids:
                 continue
-            chars = self._decoder.decode(self._tokenizer.token_bytes(token_id))
-            text, matched = self._advance(chars)
+            text, matched = self._advance(self._decode(self._tokenizer.token_bytes(token_id)))
             released.append(text)
             if matched is not None:
                 return TextDelta(text="".join(released), matched=matched, num_tokens=i + 1)
@@ -80,6 +79,14 @@ class Detokenizer:
         if matched is None:
             text += self._matcher.held()
         return TextDelta(text=text, matched=matched, num_tokens=0)
+
+    def _decode(self, raw: bytes) -> str:
+        chars = self._decoder.decode(raw)
+        # ED A0 to ED BF begin a surrogate, no character; the decoder waits for its third byte.
+        pending = self._decoder.getstate()[0]
+        if len(pending) == 2 and pending[0] == 0xED and pending[1] >= 0xA0:
+            chars += self._decoder.decode(b"", final=True)
+        return chars
 
     def _advance(self, chars: str) -> tuple[str, str | None]:
         if chars and self._strips_space:

@@ -39,7 +39,8 @@ class Tokenizer:
     Attributes:
         vocab_size: one more than the largest id. A model's embedding may have more rows.
         bos_token_id: the id that begins a sequence, or None.
-        eos_token_ids: ids that end one, as the checkpoint names them.
+        eos_token_id: the one that chat templates write as `eos_token`, or None.
+        eos_token_ids: ids that end a sequence, as the checkpoint's generation settings say.
         adds_bos: whether encoding with special tokens puts BOS in front.
         special_ids: ids of control tokens, which stand for no text of a user.
         chat_template: the source of the checkpoint's chat template, or None.
@@ -67,6 +68,7 @@ class Tokenizer:
             byte for char, byte in _BYTES_BY_CHAR.items() if not parts.is_byte_level or char in ids
         )
         self.bos_token_id = parts.bos_token_id
+        self.eos_token_id = parts.eos_token_id
         self.eos_token_ids = parts.eos_token_ids
         self.adds_bos = self.bos_token_id is not None and self.bos_token_id in parts.prefix_ids
         self.special_ids = frozenset(parts.special_tokens)

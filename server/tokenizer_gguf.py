@@ -87,6 +87,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         prefix_ids=unique([bos]) if adds_bos else (),
         suffix_ids=unique([eos]) if adds_eos else (),
         bos_token_id=bos,
+        eos_token_id=eos,
         eos_token_ids=ends,
         chat_template=chat_template if isinstance(chat_template, str) else None,
     )

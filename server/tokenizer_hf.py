@@ -43,6 +43,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         prefix_ids=prefix_ids,
         suffix_ids=suffix_ids,
         bos_token_id=bos,
+        eos_token_id=eos,
         eos_token_ids=_read_ends(folder, encoder) or unique([eos]),
         chat_template=_read_chat_template(folder, settings),
     )

@@ -25,7 +25,8 @@ class TokenizerParts:
         prefix_ids: put in front of a prompt that asks for special tokens.
         suffix_ids: put behind it.
         bos_token_id: the id that begins a sequence, or None.
-        eos_token_ids: ids that end one, the first named first; possibly none.
+        eos_token_id: the one that chat templates write as `eos_token`, or None.
+        eos_token_ids: ids that end a sequence, in the checkpoint's order; possibly none.
         chat_template: the source of the chat template, or None.
     """
 
@@ -36,6 +37,7 @@ class TokenizerParts:
     prefix_ids: tuple[int, ...]
     suffix_ids: tuple[int, ...]
     bos_token_id: int | None
+    eos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     chat_template: str | None
 
