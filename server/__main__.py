@@ -27,8 +27,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs `pallasite ARGV...` (None: the process's own) and returns the exit status."""
     try:
         args = parse(argv)
-        _COMMANDS[args.command](args)
+        status = _COMMANDS[args.command](args)
         sys.stdout.flush()
+        return status
     except ConfigError as error:
         return _complain(str(error), 2)
     except RequestError as error:
@@ -41,7 +42,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read our output has gone; nothing more can be said, not even at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    return 0
 
 
 def _complain(message: str, status: int) -> int:

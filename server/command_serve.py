@@ -38,6 +38,7 @@ def serve(args: argparse.Namespace) -> int:
 
 def server_config(args: argparse.Namespace) -> ServerConfig:
     """The server that the flags ask for. Raises ConfigError where they contradict."""
+    tls = _tls(args.tls_certificate, args.tls_key, args.tls_client_ca)
     config = read_flags(
         args,
         ServerConfig,
@@ -45,7 +46,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         model=locate(args.model),
         engine=engine_config(args),
         reflection=args.reflection,
-        tls=_tls(args.tls_certificate, args.tls_key, args.tls_client_ca),
+        tls=tls,
         api_keys={} if args.api_keys is None else load_keys(args.api_keys),
         text=read_flags(args, TextLimits, TEXT_LIMIT_FLAGS),
     )

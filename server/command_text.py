@@ -42,7 +42,7 @@ def chat(args: argparse.Namespace) -> int:
     params = _params(args)
     if params.n != 1:
         raise ConfigError(
-            f"got --n {params.n} in a chat, which goes on with one answer; leave it out"
+            f"got --n {params.n} in a chat; it goes on with one answer; leave --n out"
         )
     messages = [] if args.system is None else [{"role": "system", "content": args.system}]
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, closing
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pallasite.engine.engine import Engine
 from pallasite.engine.request import Request, SamplingParams, TokenLogprobs
@@ -25,6 +25,7 @@ from pallasite.server.text_request import Scores, TextEvent, TextRequest
 from pallasite.server.tokenizer import load_tokenizer
 
 
+@runtime_checkable
 class Session(Protocol):
     """One place that completes prompts."""
 
