@@ -5,14 +5,11 @@ so that the device never waits for the host.
 """
 
 import logging
-import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
-from itertools import count
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
@@ -22,7 +19,8 @@ from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.errors import ErrorCode, RequestError
+from pallasite.engine.errors import RequestError, closed_error, late_error, step_error
+from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
 from pallasite.engine.offline import collect
@@ -32,7 +30,7 @@ from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
 from pallasite.engine.sampler_state import slot_edits
 from pallasite.engine.scheduler import Plan, Scheduler
-from pallasite.engine.sequence import Group, Sequence, State, new_group
+from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, validate
 
@@ -83,13 +81,8 @@ class Engine:
             num_cached_tokens=self._pool.num_pages * runtime.page_size,
             limits=config.limits,
         )
+        self._intake = Intake(config.max_waiting, self._scheduler.add)
         self._previous: _Launched | None = None
-        self._changed = threading.Condition()
-        self._commands: deque[Callable[[], None]] = deque()
-        self._groups: dict[str, Group] = {}
-        self._num_queued = 0
-        self._arrivals = count()
-        self._is_draining = self._is_closed = False
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
 
@@ -116,7 +109,8 @@ class Engine:
         Raises RequestError: INVALID_ARGUMENT with the field's name, RESOURCE_EXHAUSTED where too
         many wait, UNAVAILABLE while draining or closed.
         """
-        return self._submit(request, None)
+        validate(request, self._bounds)
+        return self._open(request, None)
 
     def prefill(self, request: Request, lease_s: float) -> TokenStream:
         """Computes a prompt and its first token, then leases its pages for lease_s seconds.
@@ -125,6 +119,7 @@ class Engine:
         already finished the completion. Raises RequestError as `submit` does, and where the lease
         is too long or too many are held.
         """
+        validate(request, self._bounds)
         self._check_lease(lease_s)
         if request.params.n != 1:
             raise RequestError(
@@ -132,7 +127,12 @@ class Engine:
                 " each completion",
                 field="sampling.n",
             )
-        return self._submit(request, lease_s)
+        self._leases.reserve(self._pool.num_pages // 2)
+        try:
+            return self._open(request, lease_s)
+        except RequestError:
+            self._leases.cancel()
+            raise
 
     def decode(
         self, handle_id: str, epoch: str, tenant: str, timeout_s: float | None
@@ -142,26 +142,13 @@ class Engine:
         Raises RequestError: FAILED_PRECONDITION for a handle that is stale, expired or used,
         NOT_FOUND for one that never was, PERMISSION_DENIED for another tenant's.
         """
-        with self._changed:
-            self._check_open()
-            sequence = self._leases.take(handle_id, epoch, tenant)
-            now = time.monotonic()
-            old = sequence.group
-            group = replace(
-                old, stream=TokenStream(self._new_id()), submitted_s=now, sequences=[sequence]
-            )
-            sequence.group = group
-            sequence.lease_s = None
-            sequence.scheduled_s = sequence.first_token_s = None
-            sequence.deadline_s = None if timeout_s is None else now + timeout_s
-            self._enqueue(group)
-        return group.stream
+        self._intake.check_open()
+        return self._intake.resume(self._leases.take(handle_id, epoch, tenant), timeout_s)
 
     def release(self, handle_id: str, epoch: str, tenant: str) -> None:
         """Gives a handle's pages back. Raises RequestError as `decode` does."""
         self._leases.release(handle_id, epoch, tenant)
-        with self._changed:
-            self._changed.notify_all()
+        self._intake.command(lambda: self._collect_leases(time.monotonic()))
 
     def extend_lease(self, handle_id: str, epoch: str, tenant: str, lease_s: float) -> KvHandle:
         """Makes a lease end lease_s seconds from now. Raises RequestError as `decode` does."""
@@ -170,24 +157,17 @@ class Engine:
 
     def abort(self, request_id: str) -> bool:
         """Ends a request's completions with reason ABORT; False where no such request is open."""
-        with self._changed:
-            group = self._groups.get(request_id)
-            if group is None:
-                return False
-            self._command(lambda: self._end_group(group))
-            return True
+        group = self._intake.find(request_id)
+        return group is not None and self._intake.command(lambda: self._abort(group))
 
     def stop(self, request_id: str, index: int, matched: str, num_tokens: int) -> None:
         """Ends one completion with reason STOP, since its text matched a stop string.
 
         `num_tokens` of its tokens count as the completion's. Nothing happens where it has ended.
         """
-        with self._changed:
-            group = self._groups.get(request_id)
-            if group is None:
-                return
-            sequence = group.sequences[index]
-            self._command(lambda: self._stop(sequence, matched, num_tokens))
+        group = self._intake.find(request_id)
+        if group is not None:
+            self._intake.command(lambda: self._stop(group.sequences[index], matched, num_tokens))
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Runs requests to their end, for offline use; completions come in the order given.
@@ -200,35 +180,27 @@ class Engine:
         """Returns how busy the engine is."""
         return EngineLoad(
             num_running=self._scheduler.num_running,
-            num_waiting=self._num_queued + self._scheduler.num_waiting,
+            num_waiting=self._scheduler.num_waiting + self._intake.num_queued,
             num_pages=self._pool.num_pages,
             num_free_pages=self._pool.num_free,
-            num_leased_pages=self._num_leased_pages(),
+            num_leased_pages=self._leases.num_pages(),
         )
 
     def audit(self) -> PageAudit:
         """Counts whose the pages are, between two steps."""
-        with self._changed:
-            if self._is_closed:
-                return self._audit()
-            answer: Future[PageAudit] = Future()
-            self._command(lambda: answer.set_result(self._audit()))
-        return answer.result()
+        answer: Future[PageAudit] = Future()
+        if self._intake.command(lambda: answer.set_result(self._audit())):
+            return answer.result()
+        self._thread.join()
+        return self._audit()
 
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those admitted; whether all ended in time."""
-        deadline = time.monotonic() + timeout_s
-        with self._changed:
-            self._is_draining = True
-            return self._changed.wait_for(
-                lambda: not self._groups or self._is_closed, deadline - time.monotonic()
-            )
+        return self._intake.drain(timeout_s)
 
     def close(self) -> None:
         """Stops the loop; what is still open ends with UNAVAILABLE."""
-        with self._changed:
-            self._is_draining = self._is_closed = True
-            self._changed.notify_all()
+        self._intake.close()
         self._thread.join()
         self._runtime.programs.close()
 
@@ -242,7 +214,7 @@ class Engine:
 
     def _loop(self) -> None:
         num_failures = 0
-        while not self._is_closed and num_failures < MAX_FAILURES:
+        while not self._intake.is_closed and num_failures < MAX_FAILURES:
             try:
                 self._run_once()
                 num_failures = 0
@@ -250,29 +222,27 @@ class Engine:
                 num_failures += 1
                 logger.exception("a step failed; its requests end, the engine goes on")
                 self._recover(error)
-        self.metrics.is_alive = False
-        with self._changed:
-            self._is_draining = self._is_closed = True
-            self._drain_commands()
-        self._fail_all(_closed_error())
+        self._intake.close()
+        self._intake.run_commands()
+        for sequence in list(self._scheduler.sequences()):
+            self._committer.fail(sequence, closed_error())
         self._deliver()
+        self.metrics.is_alive = False
 
     def _run_once(self) -> None:
-        self._drain_commands()
+        self._intake.run_commands()
         now = time.monotonic()
         for sequence in self._scheduler.expired(now):
-            self._committer.fail(sequence, _late_error())
-        for sequence in self._leases.collect(now):
-            self._scheduler.retire(sequence)
+            self._committer.fail(sequence, late_error())
+        self._collect_leases(now)
         plan = self._scheduler.schedule(now)
-        launched = None if plan is None else self._launch(plan)
-        if self._previous is not None:
-            self._commit(self._previous)
-        self._previous = launched
+        previous, self._previous = self._previous, None if plan is None else self._launch(plan)
+        if previous is not None:
+            self._commit(previous)
         self._deliver()
         self.metrics.last_step_monotonic_s = time.monotonic()
-        if launched is None:
-            self._wait()
+        if plan is None and previous is None:
+            self._intake.wait(IDLE_S)
 
     def _launch(self, plan: Plan) -> _Launched:
         for sequence in plan.admitted:
@@ -305,33 +275,20 @@ class Engine:
 
     def _deliver(self) -> None:
         touched = self._committer.take_touched()
-        if not touched:
-            return
         wake(touched)
         ended = [group for stream, group in touched.items() if stream.is_complete]
+        for group in ended:
+            sequence = group.sequences[0]
+            if sequence.lease_s is not None and sequence.state is State.FINISHED:
+                self._leases.cancel()
         if ended:
-            with self._changed:
-                for group in ended:
-                    self._forget(group)
-                self._changed.notify_all()
+            self._intake.forget(ended)
 
-    def _forget(self, group: Group) -> None:
-        del self._groups[group.stream.request_id]
-        sequence = group.sequences[0]
-        if sequence.lease_s is not None and sequence.state is State.FINISHED:
-            self._leases.cancel()
+    def _collect_leases(self, now: float) -> None:
+        for sequence in self._leases.collect(now):
+            self._scheduler.retire(sequence)
 
-    def _wait(self) -> None:
-        """Sleeps until a command comes, a lease or a deadline may have ended, or IDLE_S."""
-        with self._changed:
-            if not self._commands and not self._is_closed:
-                self._changed.wait(IDLE_S)
-
-    def _drain_commands(self) -> None:
-        while self._commands:
-            self._commands.popleft()()
-
-    def _end_group(self, group: Group) -> None:
+    def _abort(self, group: Group) -> None:
         now = time.monotonic()
         for sequence in group.sequences:
             if sequence.state in (State.WAITING, State.RUNNING):
@@ -349,74 +306,23 @@ class Engine:
         self._previous = None
         for sequence in list(self._scheduler.sequences()):
             if sequence.state is State.RUNNING or sequence.num_in_flight:
-                self._committer.fail(sequence, _step_error(error))
+                self._committer.fail(sequence, step_error(error))
         self._scheduler.forget_pages()
         for sequence in self._leases.revoke_all("was lost with a failed step"):
             self._scheduler.retire(sequence)
         self._runtime.reset()
         self._deliver()
 
-    def _fail_all(self, error: RequestError) -> None:
-        for sequence in list(self._scheduler.sequences()):
-            self._committer.fail(sequence, error)
-
     def _audit(self) -> PageAudit:
-        leased = self._leases.sequences()
-        owned = [*self._scheduler.sequences(), *leased]
-        return audit(self._pool, owned, self._num_leased_pages())
+        leases = self._leases
+        owners = [*self._scheduler.sequences(), *leases.sequences()]
+        return audit(self._pool, owners, leases.num_pages())
 
-    def _num_leased_pages(self) -> int:
-        return sum(len(sequence.pages) for sequence in self._leases.sequences())
-
-    # Admission, under the lock.
-
-    def _submit(self, request: Request, lease_s: float | None) -> TokenStream:
-        validate(request, self._bounds)
-        with self._changed:
-            self._check_open()
-            self._check_queue(request.params.n)
-            if request.request_id in self._groups:
-                raise RequestError(
-                    f"request_id: got {request.request_id!r}, which is in flight; each must differ;"
-                    " leave it out, and one is drawn",
-                    field="request_id",
-                )
-            if lease_s is not None:
-                self._reserve_lease()
-            stream = TokenStream(request.request_id or self._new_id(), request.params.n)
-            group = new_group(request, stream, next(self._arrivals), lease_s)
-            self._enqueue(group)
-            self.metrics.num_requests += 1
-            self.metrics.prompt_tokens += len(request.prompt_ids)
+    def _open(self, request: Request, lease_s: float | None) -> TokenStream:
+        stream = self._intake.submit(request, self._scheduler.num_waiting, lease_s)
+        self.metrics.num_requests += 1
+        self.metrics.prompt_tokens += len(request.prompt_ids)
         return stream
-
-    def _enqueue(self, group: Group) -> None:
-        self._groups[group.stream.request_id] = group
-        self._num_queued += len(group.sequences)
-        self._command(lambda: self._add(group))
-
-    def _add(self, group: Group) -> None:
-        self._num_queued -= len(group.sequences)
-        for sequence in group.sequences:
-            self._scheduler.add(sequence)
-
-    def _command(self, command: Callable[[], None]) -> None:
-        self._commands.append(command)
-        self._changed.notify_all()
-
-    def _check_open(self) -> None:
-        if self._is_draining:
-            raise _closed_error()
-
-    def _check_queue(self, num_sequences: int) -> None:
-        waiting = self._num_queued + self._scheduler.num_waiting
-        if waiting + num_sequences > self.config.max_waiting:
-            raise RequestError(
-                f"got a request while {waiting} wait; allowed are {self.config.max_waiting}; try"
-                " again later",
-                code=ErrorCode.RESOURCE_EXHAUSTED,
-                retry_after_s=1.0,
-            )
 
     def _check_lease(self, lease_s: float) -> None:
         if not 0 < lease_s <= self.config.max_lease_s:
@@ -425,40 +331,3 @@ class Engine:
                 " change it",
                 field="lease_s",
             )
-
-    def _reserve_lease(self) -> None:
-        if self._num_leased_pages() * 2 > self._pool.num_pages:
-            raise RequestError(
-                "got a prefill while leases hold more than half of the cache; decode or release"
-                " some, or try again later",
-                code=ErrorCode.RESOURCE_EXHAUSTED,
-                retry_after_s=1.0,
-            )
-        self._leases.reserve()
-
-    def _new_id(self) -> str:
-        return secrets.token_hex(8)
-
-
-def _late_error() -> RequestError:
-    return RequestError(
-        "the request's deadline passed before it was done; allow it more time, or ask for less",
-        code=ErrorCode.DEADLINE_EXCEEDED,
-    )
-
-
-def _closed_error() -> RequestError:
-    return RequestError(
-        "the engine is shutting down; it takes no more requests; send it to another, or later",
-        code=ErrorCode.UNAVAILABLE,
-        retry_after_s=1.0,
-    )
-
-
-def _step_error(error: Exception) -> RequestError:
-    return RequestError(
-        f"a step failed on the device ({type(error).__name__}); the request was not at fault; send"
-        " it again",
-        code=ErrorCode.UNAVAILABLE,
-        retry_after_s=1.0,
-    )

@@ -41,3 +41,30 @@ class RequestError(Exception):
         self.code = code
         self.field = field
         self.retry_after_s = retry_after_s
+
+
+def late_error() -> RequestError:
+    """Ends a request whose time is up."""
+    return RequestError(
+        "the request's deadline passed before it was done; allow it more time, or ask for less",
+        code=ErrorCode.DEADLINE_EXCEEDED,
+    )
+
+
+def closed_error() -> RequestError:
+    """Refuses or ends a request, since the engine closes."""
+    return RequestError(
+        "the engine is shutting down; it takes no more requests; send it to another, or later",
+        code=ErrorCode.UNAVAILABLE,
+        retry_after_s=1.0,
+    )
+
+
+def step_error(error: Exception) -> RequestError:
+    """Ends a request that was on the device when a step failed."""
+    return RequestError(
+        f"a step failed on the device ({type(error).__name__}); the request was not at fault; send"
+        " it again",
+        code=ErrorCode.UNAVAILABLE,
+        retry_after_s=1.0,
+    )

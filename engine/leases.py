@@ -46,13 +46,22 @@ class LeaseTable:
         with self._lock:
             return [lease.sequence for lease in self._leases.values()] + self._released
 
-    def reserve(self) -> None:
-        """Promises a lease to a prefill. Raises RESOURCE_EXHAUSTED where there are too many."""
+    def num_pages(self) -> int:
+        """Returns how many pages the leases hold."""
+        return sum(len(sequence.pages) for sequence in self.sequences())
+
+    def reserve(self, max_pages: int) -> None:
+        """Promises a lease to a prefill.
+
+        Raises RESOURCE_EXHAUSTED where there are too many, or they hold more than max_pages.
+        """
+        num_pages = self.num_pages()
         with self._lock:
-            if len(self._leases) + self._promised >= self._max_leases:
+            if len(self._leases) + self._promised >= self._max_leases or num_pages > max_pages:
                 raise RequestError(
-                    f"got a prefill while {self._max_leases} handles are held or promised; that is"
-                    " the most; decode or release some, or try again later",
+                    f"got a prefill while {len(self._leases)} handles hold {num_pages} pages;"
+                    f" allowed are {self._max_leases} handles and {max_pages} pages; decode or"
+                    " release some, or try again later",
                     code=ErrorCode.RESOURCE_EXHAUSTED,
                     retry_after_s=1.0,
                 )

@@ -2,13 +2,14 @@
 
 from collections import deque
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from pallasite.engine.errors import ErrorCode, RequestError
 from pallasite.engine.request import Completion, Request, TokenLogprobs
 from pallasite.engine.stream import TokenStream
 
 
+@runtime_checkable
 class Submitter(Protocol):
     """What this file needs of an engine."""
 

@@ -7,7 +7,7 @@ tensor once. Opening one reads headers only and checks them; tensors are read on
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
 
 
+@runtime_checkable
 class Checkpoint(Protocol):
     """An opened checkpoint.
 

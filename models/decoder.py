@@ -4,7 +4,7 @@ The loop is rolled, so that compile time does not grow with depth, and carries t
 which every layer updates in place.
 """
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from pallasite.models.weights import Weight
 from pallasite.pallas_kernels.paged_attention import AttentionConfig, Ragged, paged_attention
 
 
+@runtime_checkable
 class Attend(Protocol):
     """Attends in one layer: writes the new rows into the cache and mixes the visible values."""
 

@@ -1,4 +1,4 @@
-"""The paged cache of keys and values as a device array. Which page is whose is the engine's matter."""
+"""The paged cache as a device array. Which page is whose is the engine's matter."""
 
 import math
 from dataclasses import dataclass
