@@ -87,5 +87,6 @@ class ModelConfig:
         for name in ("norm_epsilon", "rope_theta"):
             if not getattr(self, name) > 0:
                 raise ConfigError(
-                    f"got {name}={getattr(self, name)}; it must be > 0; mend the checkpoint's config"
+                    f"got {name}={getattr(self, name)}; it must be > 0; mend the checkpoint's"
+                    " config"
                 )

@@ -41,7 +41,7 @@ def rms_norm(
     return x * jax.lax.rsqrt(mean_square + epsilon) * scale
 
 
-def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "H/2"]:
+def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "pairs"]:
     """Returns the rotation in radians a position, for each pair of a head's dimensions."""
     exponents = np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
     frequencies = 1.0 / config.rope_theta**exponents
@@ -51,7 +51,7 @@ def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "H/2"]:
 
 
 def rope(
-    x: Float[Array, "T N H"], positions: Int[Array, "T"], frequencies: Float[np.ndarray, "H/2"]
+    x: Float[Array, "T N H"], positions: Int[Array, "T"], frequencies: Float[np.ndarray, "pairs"]
 ) -> Float[Array, "T N H"]:
     """Rotary position embedding (Su et al. 2021), a head's halves being the pairs."""
     angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]

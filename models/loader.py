@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from pallasite.models.checkpoint import Checkpoint
 from pallasite.models.decoder import Decoder
@@ -45,7 +46,7 @@ def load_weights(
             stacked = jnp.zeros(weight.shape, weight.dtype, device=sharding(mesh, axes))
             part = sharding(mesh, axes[1:])
             for index, source in enumerate(sources):
-                stacked = _fill(stacked, _put(checkpoint, source, weight, part), index)
+                stacked = _fill(stacked, _put(checkpoint, source, weight, part), np.int32(index))
                 progress(done + index + 1, total)
             arrays.append(stacked)
         done += len(sources)
@@ -104,5 +105,5 @@ def _encode(value: jax.Array, held_as: jnp.dtype) -> jax.Array:
 
 
 @partial(jax.jit, donate_argnums=0)
-def _fill(stacked: jax.Array, value: jax.Array, index: int) -> jax.Array:
+def _fill(stacked: jax.Array, value: jax.Array, index: Int[Array, ""]) -> jax.Array:
     return jax.lax.dynamic_update_index_in_dim(stacked, value, index, axis=0)

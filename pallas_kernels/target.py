@@ -1,4 +1,4 @@
-"""What we compile for: a platform's facts that programs are shaped by. Nothing here asks for devices."""
+"""What we compile for: the facts of a platform that shape programs. Nothing asks for devices."""
 
 from dataclasses import dataclass
 

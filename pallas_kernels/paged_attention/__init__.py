@@ -8,8 +8,6 @@ The queries of a step are ragged: the batch's requests follow one another in one
 tokens, those with a single query first.
 """
 
-from dataclasses import dataclass
-
 import jax
 from jaxtyping import Array, Float, Int
 

@@ -37,8 +37,8 @@ class Ragged:
 
     Attributes:
         positions: each token's position in its sequence.
-        query_starts: request b owns the tokens query_starts[b] to query_starts[b + 1].
         kv_lens: cached tokens of each request after this step's are written.
+        query_starts: request b owns the tokens query_starts[b] to query_starts[b + 1].
         page_table: the page of positions [m * page, (m + 1) * page) of each request; entries
             beyond kv_lens are not read.
         num_requests: rows in use.
@@ -46,8 +46,8 @@ class Ragged:
     """
 
     positions: Int[Array, "T"]
-    query_starts: Int[Array, "B+1"]
     kv_lens: Int[Array, "B"]
+    query_starts: Int[Array, "B+1"]
     page_table: Int[Array, "B M"]
     num_requests: Int[Array, ""]
     num_decode: Int[Array, ""]

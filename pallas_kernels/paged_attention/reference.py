@@ -6,6 +6,7 @@ gathered in loops whose trip counts are data, with the online softmax of Milakov
 one after another, in tiles of queries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -113,8 +114,8 @@ class _Softmax(NamedTuple):
     def add(
         self,
         scores: Float[Array, "*q S"],
-        visible: Bool[Array, "*q S"],
-        weigh: jax.tree_util.Partial,
+        visible: Bool[Array, "*#q S"],
+        weigh: Callable[[Array], Array],
     ) -> "_Softmax":
         """Takes in one block; `weigh` turns its probabilities into weighted values."""
         scores = jnp.where(visible, scores, -jnp.inf)
@@ -148,8 +149,9 @@ def _attend_decode(
         scores = _cap(jnp.einsum("bkgh,bksh->bkgs", q, k), config)
         # Rows of a page that were never written may hold anything, and 0 * NaN is NaN.
         v = jnp.where(visible[:, None, :, None], v, 0.0)
-        weigh = jax.tree_util.Partial(lambda p: jnp.einsum("bkgs,bksh->bkgh", p, v))
-        return softmax.add(scores, visible[:, None, None, :], weigh)
+        return softmax.add(
+            scores, visible[:, None, None, :], lambda p: jnp.einsum("bkgs,bksh->bkgh", p, v)
+        )
 
     first = jnp.min(starts) // reader.num_tokens
     end = -(-jnp.max(kv_lens) // reader.num_tokens)
@@ -188,8 +190,9 @@ def _attend_prefill(
             visible = (s[None] <= positions[:, None]) & (s[None] >= starts[:, None])
             scores = _cap(jnp.einsum("kgth,ksh->kgts", queries, k), config)
             v = jnp.where((s < kv_len)[None, :, None], v, 0.0)
-            weigh = jax.tree_util.Partial(lambda p: jnp.einsum("kgts,ksh->kgth", p, v))
-            return softmax.add(scores, visible[None, None], weigh)
+            return softmax.add(
+                scores, visible[None, None], lambda p: jnp.einsum("kgts,ksh->kgth", p, v)
+            )
 
         first = jnp.maximum(starts[0], 0) // reader.num_tokens
         end = -(-jnp.minimum(kv_len, first_position + tile_len) // reader.num_tokens)
