@@ -47,9 +47,9 @@ class EngineMetrics(Protocol):
     """An engine's vital signs.
 
     Attributes:
-        compilations: programs compiled since the start.
-        misses: batches that no compiled program fits.
-        last_step_monotonic_s: `time.monotonic` at the end of the last step.
+        compilations: programs compiled since the engine began to serve.
+        misses: steps for which no compiled program was found.
+        last_step_monotonic_s: when the engine's loop last came round, busy or idle.
         is_alive: whether the engine's loop runs.
     """
 
@@ -111,7 +111,7 @@ class Engine(Protocol):
 
     def extend_lease(self, handle_id: str, epoch: str, tenant: str, lease_s: float) -> KvHandle: ...
 
-    def load(self) -> EngineLoad: ...
+    def load_now(self) -> EngineLoad: ...
 
     def audit(self) -> PageAudit: ...
 

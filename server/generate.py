@@ -35,6 +35,7 @@ class TextEngine:
         self.engine = engine
         self.encoder = encoder
         self.model_name = model_name
+        self._textless_ids = encoder.textless_ids(engine.model_config.vocab_size)
         self._held: dict[str, _Held] = {}
         self._owners: dict[str, str] = {}
         self._reapers: set[asyncio.Task[None]] = set()
@@ -203,7 +204,8 @@ class TextEngine:
                 request.stop,
                 request.params.include_stop,
                 request.skips_special,
-            )
+            ),
+            self._textless_ids,
         )
 
     def _lease_s(self, lease_s: float | None) -> float:

@@ -14,8 +14,8 @@ from pallasite.engine.request import (
     Usage,
 )
 from pallasite.proto import inference_pb2 as pb
-from pallasite.server.generate import Prompt, Scores, TextEvent, TextRequest
 from pallasite.server.grpc_door import Call
+from pallasite.server.text_request import Prompt, Scores, TextEvent, TextRequest
 
 _REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -24,7 +24,7 @@ _REASONS = {
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
 # Sampling fields that the engine knows by the same name and type.
-_PLAIN_PARAMS = (
+PLAIN_PARAMS = (
     "max_tokens",
     "min_tokens",
     "n",
@@ -147,7 +147,7 @@ def field_path(
 
 def _params(sampling: pb.SamplingParams) -> SamplingParams:
     given: dict[str, Any] = {
-        name: getattr(sampling, name) for name in _PLAIN_PARAMS if sampling.HasField(name)
+        name: getattr(sampling, name) for name in PLAIN_PARAMS if sampling.HasField(name)
     }
     if sampling.logit_bias:
         given["logit_bias"] = dict(sampling.logit_bias)

@@ -18,7 +18,7 @@ from pallasite.server.grpc_admin import AdminService
 from pallasite.server.grpc_control import ControlService
 from pallasite.server.grpc_door import Door
 from pallasite.server.grpc_service import InferenceService
-from pallasite.server.heartbeat import Heartbeat, report_health
+from pallasite.server.heartbeat import report_health
 from pallasite.server.prompts import PromptEncoder
 from pallasite.server.tokenizer import Tokenizer
 
@@ -77,9 +77,8 @@ class GrpcServer:
         await self._begin(server)
         if config.admin_port is not None:
             await self._start_admin(config.admin_port)
-        heartbeat = Heartbeat(self._engine, config.stall_s)
         self._reporter = asyncio.get_running_loop().create_task(
-            report_health(heartbeat, self._health, ["", *services])
+            report_health(self._engine, config.stall_s, self._health, ["", *services])
         )
 
     async def drain(self, timeout_s: float) -> bool:

@@ -7,8 +7,9 @@ from pallasite.engine.errors import RequestError
 from pallasite.engine.request import Finish
 from pallasite.proto import inference_pb2 as pb
 from pallasite.server import grpc_convert as convert
-from pallasite.server.generate import TextEngine, TextStream
+from pallasite.server.generate import TextEngine
 from pallasite.server.grpc_door import Call
+from pallasite.server.text_stream import TextStream
 
 
 class InferenceService:

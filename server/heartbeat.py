@@ -11,34 +11,18 @@ from grpc_health.v1 import health, health_pb2
 
 from pallasite.server.contracts import Engine
 
-_TICK_S = 0.25
+_TICK_S = 0.1
 
 
-class Heartbeat:
-    """Judges an engine by its steps: with requests to run, one must end every stall_s seconds."""
-
-    def __init__(self, engine: Engine, stall_s: float) -> None:
-        self._engine = engine
-        self._stall_s = stall_s
-        self._busy_since: float | None = None
-
-    def is_beating(self, now: float) -> bool:
-        """Whether the engine lives at `now`, a time.monotonic. To be asked several times in
-        stall_s: an engine that was idle is given that long for its first step."""
-        load, metrics = self._engine.load(), self._engine.metrics
-        if not (load.num_running or load.num_waiting):
-            self._busy_since = None
-        elif self._busy_since is None:
-            self._busy_since = now
-        if not metrics.is_alive:
-            return False
-        if self._busy_since is None:
-            return True
-        return now - max(self._busy_since, metrics.last_step_monotonic_s) < self._stall_s
+def is_beating(engine: Engine, now: float, stall_s: float) -> bool:
+    """Whether the engine lives at `now`, a time.monotonic: its loop, which comes round several
+    times a second when idle, has come round within stall_s seconds."""
+    metrics = engine.metrics
+    return metrics.is_alive and now - metrics.last_step_monotonic_s < stall_s
 
 
 async def report_health(
-    heartbeat: Heartbeat, servicer: health.aio.HealthServicer, services: Sequence[str]
+    engine: Engine, stall_s: float, servicer: health.aio.HealthServicer, services: Sequence[str]
 ) -> None:
     """Keeps the status of `services` what the heartbeat says; runs until cancelled.
 
@@ -46,10 +30,10 @@ async def report_health(
     """
     was_beating = None
     while True:
-        is_beating = heartbeat.is_beating(time.monotonic())
-        if is_beating != was_beating:
+        beats = is_beating(engine, time.monotonic(), stall_s)
+        if beats != was_beating:
             status = health_pb2.HealthCheckResponse
             for service in services:
-                await servicer.set(service, status.SERVING if is_beating else status.NOT_SERVING)
-            was_beating = is_beating
+                await servicer.set(service, status.SERVING if beats else status.NOT_SERVING)
+            was_beating = beats
         await asyncio.sleep(_TICK_S)

@@ -54,19 +54,28 @@ class PromptEncoder:
     async def decode(self, token_ids: tuple[int, ...], *, skips_special: bool) -> str:
         """The text of token ids. Raises RequestError for ids outside the vocabulary."""
         self._check_text_len("token_ids", len(token_ids))
-        vocab_size = self.tokenizer.vocab_size
-        for token_id in token_ids:
-            if not 0 <= token_id < vocab_size:
-                raise RequestError(
-                    f"got token id {token_id}; allowed are 0 to {vocab_size - 1}; leave it out",
-                    field="token_ids",
-                )
 
         def decode_all() -> str:
-            return self.tokenizer.decode(list(token_ids), skips_special=skips_special)
+            return self.tokenizer.decode(token_ids, skips_special=skips_special)
 
         is_short = len(token_ids) <= _INLINE_TEXT_LEN
-        return decode_all() if is_short else await self._on_worker(decode_all)
+        try:
+            return decode_all() if is_short else await self._on_worker(decode_all)
+        except ValueError as error:
+            raise RequestError(str(error), field="token_ids") from error
+
+    def textless_ids(self, vocab_size: int) -> frozenset[int]:
+        """The ids of a model's vocabulary that the tokenizer has no text for: an embedding is often
+        padded to a round number of rows."""
+
+        def is_textless(token_id: int) -> bool:
+            try:
+                self.tokenizer.token_text(token_id)
+            except ValueError:
+                return True
+            return False
+
+        return frozenset(filter(is_textless, range(vocab_size)))
 
     def bad_word_ids(self, words: tuple[str, ...], max_words: int) -> tuple[tuple[int, ...], ...]:
         """The token sequences of words that may not be completed: each alone and after a space."""
@@ -84,7 +93,10 @@ class PromptEncoder:
                     field="sampling.bad_words",
                 )
             for form in (word, " " + word):
-                sequences[tuple(self.tokenizer.encode(form, adds_special_tokens=False))] = None
+                ids = self.tokenizer.encode(
+                    form, adds_special_tokens=False, field="sampling.bad_words"
+                )
+                sequences[tuple(ids)] = None
         return tuple(sequences)
 
     def check_stop(self, stop: tuple[str, ...]) -> None:

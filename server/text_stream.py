@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from pallasite.engine.request import FinishReason, TokenEvent
+from pallasite.engine.request import Finish, FinishReason, TokenEvent
 from pallasite.server.contracts import Engine, TokenStream
 from pallasite.server.detokenizer import Detokenizer
 from pallasite.server.text_request import TextEvent
@@ -48,10 +48,12 @@ class TextStream:
 class Completion:
     """The text of one completion as it grows."""
 
-    __slots__ = ("_detokenizer", "_matched", "_num_tokens")
+    __slots__ = ("_detokenizer", "_matched", "_num_tokens", "_textless_ids")
 
-    def __init__(self, detokenizer: Detokenizer) -> None:
+    def __init__(self, detokenizer: Detokenizer, textless_ids: frozenset[int]) -> None:
+        """`textless_ids` are those that the model knows and the tokenizer does not."""
         self._detokenizer = detokenizer
+        self._textless_ids = textless_ids
         self._num_tokens = 0
         self._matched: str | None = None
 
@@ -67,26 +69,17 @@ class Completion:
             if finish is None:
                 return None
             token_ids, logprobs = (), ()
-        else:
-            if token_ids:
-                delta = self._detokenizer.push(token_ids)
-                text = delta.text
-                if delta.matched is not None:
-                    self._matched = delta.matched
-                    token_ids = token_ids[: delta.num_tokens]
-                    logprobs = logprobs[: delta.num_tokens]
-                self._num_tokens += len(token_ids)
-            if self._matched is None:
-                if finish is not None:
-                    text += self._detokenizer.finish().text
-            elif finish is None:
+        elif token_ids:
+            text, num_tokens = self._text_of(token_ids)
+            token_ids, logprobs = token_ids[:num_tokens], logprobs[:num_tokens]
+            self._num_tokens += num_tokens
+            if self._matched is not None and finish is None:
                 stop(event.index, self._matched, self._num_tokens)
-        if finish is not None and self._matched is not None:
-            # The engine may have ended it for a later reason before it heard of the match.
-            usage = replace(finish.usage, completion_tokens=self._num_tokens)
-            finish = replace(
-                finish, reason=FinishReason.STOP, matched=self._matched, usage=usage, error=None
-            )
+        if finish is not None:
+            if self._matched is None:
+                rest = self._detokenizer.finish()
+                text, self._matched = text + rest.text, rest.matched
+            finish = self._finish(finish)
         return TextEvent(
             index=event.index,
             text=text,
@@ -94,6 +87,30 @@ class Completion:
             logprobs=logprobs,
             prompt_logprobs=event.prompt_logprobs,
             finish=finish,
+        )
+
+    def _text_of(self, token_ids: tuple[int, ...]) -> tuple[str, int]:
+        """The text that the ids add, and how many of them belong to the completion."""
+        if self._textless_ids.isdisjoint(token_ids):
+            delta = self._detokenizer.push(token_ids)
+            self._matched = delta.matched
+            return delta.text, delta.num_tokens
+        places = [i for i, x in enumerate(token_ids) if x not in self._textless_ids]
+        delta = self._detokenizer.push([token_ids[i] for i in places])
+        self._matched = delta.matched
+        is_cut = delta.matched is not None
+        return delta.text, places[delta.num_tokens - 1] + 1 if is_cut else len(token_ids)
+
+    def _finish(self, finish: Finish) -> Finish:
+        """The completion's end: the stop text's where one matched, whatever ended it later."""
+        if self._matched is None:
+            return finish
+        return replace(
+            finish,
+            reason=FinishReason.STOP,
+            matched=self._matched,
+            usage=replace(finish.usage, completion_tokens=self._num_tokens),
+            error=None,
         )
 
 

@@ -1,0 +1,75 @@
+"""A server over the fake engine, and a client of it, for the length of a `with` block."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import grpc
+
+from pallasite.proto import admin_pb2_grpc, control_pb2_grpc, inference_pb2_grpc
+from pallasite.server.chat_template import ChatTemplate
+from pallasite.server.client import AsyncClient, RetryPolicy
+from pallasite.server.config import ServerConfig
+from pallasite.server.grpc_server import GrpcServer
+from pallasite.server.tokenizer import load_tokenizer
+from tests.server.fake_engine import FakeEngine
+from tests.tiny_checkpoints import CHAT_TEMPLATE, byte_tokenizer, write_json
+
+
+def make_tokenizer(folder: Path):
+    """The byte tokenizer of the tiny checkpoints, with its chat template."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "tokenizer.json", byte_tokenizer())
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            "bos_token": "<|im_start|>",
+            "eos_token": "<|im_end|>",
+            "add_bos_token": False,
+            "chat_template": CHAT_TEMPLATE,
+        },
+    )
+    return load_tokenizer(folder)
+
+
+@asynccontextmanager
+async def serving(tmp_path, engine=None, *, api_key=None, policy=None, **config):
+    """Yields server, engine, client and the raw stubs of one channel."""
+    engine = engine or FakeEngine()
+    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    server_config = ServerConfig(model=Path("tiny"), port=0, **config)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer)
+    server = GrpcServer(server_config, engine, tokenizer, template)
+    await server.start()
+    channel = grpc.aio.insecure_channel(
+        server.address, options=[("grpc.max_send_message_length", 1 << 30)]
+    )
+    admin = None
+    if server.admin_address is not None:
+        admin = grpc.aio.insecure_channel(server.admin_address)
+    policy = policy or RetryPolicy(max_attempts=1)
+    try:
+        async with AsyncClient(server.address, api_key=api_key, policy=policy) as client:
+            yield SimpleNamespace(
+                server=server,
+                engine=engine,
+                client=client,
+                channel=channel,
+                inference=inference_pb2_grpc.InferenceStub(channel),
+                control=control_pb2_grpc.ControlStub(channel),
+                admin=None if admin is None else admin_pb2_grpc.AdminStub(admin),
+            )
+    finally:
+        await channel.close()
+        if admin is not None:
+            await admin.close()
+        await server.stop()
+        engine.close()
+
+
+async def eventually(condition, timeout_s=2.0):
+    """Waits until `condition()` holds."""
+    async with asyncio.timeout(timeout_s):
+        while not condition():
+            await asyncio.sleep(0.002)
