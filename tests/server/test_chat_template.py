@@ -225,6 +225,17 @@ def test_two_messages_and_the_template_between_them_forge_nothing():
         assert TOKENIZER.decode(ids, skips_special=False) == between.join([*contents, ""])
 
 
+def test_special_tokens_that_overlap_are_all_hidden():
+    metadata = byte_level_metadata()
+    metadata["tokenizer.ggml.tokens"][:3] = ["[a]", "]b[", "[c]"]
+    tokenizer = Tokenizer(build_from_gguf(metadata))
+    template = ChatTemplate("{{ messages[0].content }}[c]", tokenizer)
+    for content in ("[a]b[c]", "[a]b[a]b[", "]b[c]b["):
+        ids = template.encode([{"role": "user", "content": content}])
+        assert [i for i in ids if i in tokenizer.special_ids] == [2]
+        assert tokenizer.decode(ids, skips_special=True) == content
+
+
 def test_keys_forge_nothing():
     source = (
         "{% for m in messages %}{% for k in m %}{{ k }}{% endfor %}{% endfor %}{{ messages[0].a }}"

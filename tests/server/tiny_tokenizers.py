@@ -42,7 +42,7 @@ def byte_level_metadata(pre: str = "gpt-2") -> dict[str, object]:
 
 
 def sentencepiece_metadata() -> dict[str, object]:
-    """256 byte pieces, letters, and pieces joined of them; scores fall with the id."""
+    """256 byte pieces, letters, and pieces joined of them."""
     letters = "\u2581abcdehlorst.é<>/|_[]IN\n"
     pieces = [
         "he",
@@ -70,7 +70,8 @@ def sentencepiece_metadata() -> dict[str, object]:
         "tokenizer.ggml.model": "llama",
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.scores": [-float(i) for i in range(len(tokens))],
+        # The later, the better, against the order that merges would have by themselves.
+        "tokenizer.ggml.scores": [float(i) for i in range(len(tokens))],
         "tokenizer.ggml.unknown_token_id": 0,
         "tokenizer.ggml.bos_token_id": tokens.index("<s>"),
         "tokenizer.ggml.eos_token_id": tokens.index("</s>"),
