@@ -59,7 +59,7 @@ class ControlService:
 
     async def get_load(self, request: pb.GetLoadRequest, call: Call) -> pb.GetLoadResponse:
         """How busy the engine is."""
-        load, metrics = self._text_engine.engine.load_now(), self._text_engine.engine.metrics
+        load, metrics = self._text_engine.engine.current_load(), self._text_engine.engine.metrics
         return pb.GetLoadResponse(
             num_running=load.num_running,
             num_waiting=load.num_waiting,

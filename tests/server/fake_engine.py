@@ -125,7 +125,7 @@ class FakeEngine:
             self._lease(handle_id, epoch, tenant).expires_s = time.monotonic() + lease_s
         return KvHandle(handle_id=handle_id, epoch=epoch, expires_in_s=lease_s)
 
-    def load_now(self):
+    def current_load(self):
         with self._lock:
             return SimpleNamespace(
                 num_running=len(self.rows),
@@ -136,7 +136,7 @@ class FakeEngine:
             )
 
     def audit(self):
-        load = self.load_now()
+        load = self.current_load()
         return SimpleNamespace(
             free=load.num_free_pages,
             used=load.num_running,
