@@ -19,7 +19,13 @@ from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.errors import RequestError, closed_error, late_error, step_error
+from pallasite.engine.errors import (
+    RequestError,
+    closed_error,
+    internal_error,
+    late_error,
+    step_error,
+)
 from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
@@ -142,8 +148,7 @@ class Engine:
         Raises RequestError: FAILED_PRECONDITION for a handle that is stale, expired or used,
         NOT_FOUND for one that never was, PERMISSION_DENIED for another tenant's.
         """
-        self._intake.check_open()
-        return self._intake.resume(self._leases.take(handle_id, epoch, tenant), timeout_s)
+        return self._intake.resume(lambda: self._leases.take(handle_id, epoch, tenant), timeout_s)
 
     def release(self, handle_id: str, epoch: str, tenant: str) -> None:
         """Gives a handle's pages back. Raises RequestError as `decode` does."""
@@ -167,7 +172,8 @@ class Engine:
         """
         group = self._intake.find(request_id)
         if group is not None:
-            self._intake.command(lambda: self._stop(group.sequences[index], matched, num_tokens))
+            sequence = group.sequences[index]
+            self._intake.command(lambda: self._stop(sequence, matched, num_tokens))
 
     def generate(self, requests: Iterable[Request]) -> list[Completion]:
         """Runs requests to their end, for offline use; completions come in the order given.
@@ -213,6 +219,18 @@ class Engine:
     # The loop's thread.
 
     def _loop(self) -> None:
+        try:
+            self._serve()
+        except Exception:  # whatever it is, nobody may be left waiting
+            logger.exception("the engine cannot go on")
+        self._intake.close()
+        self._intake.run_commands()
+        for sequence in list(self._scheduler.sequences()):
+            self._committer.fail(sequence, closed_error())
+        self._deliver()
+        self.metrics.is_alive = False
+
+    def _serve(self) -> None:
         num_failures = 0
         while not self._intake.is_closed and num_failures < MAX_FAILURES:
             try:
@@ -222,12 +240,6 @@ class Engine:
                 num_failures += 1
                 logger.exception("a step failed; its requests end, the engine goes on")
                 self._recover(error)
-        self._intake.close()
-        self._intake.run_commands()
-        for sequence in list(self._scheduler.sequences()):
-            self._committer.fail(sequence, closed_error())
-        self._deliver()
-        self.metrics.is_alive = False
 
     def _run_once(self) -> None:
         self._intake.run_commands()
@@ -246,7 +258,11 @@ class Engine:
 
     def _launch(self, plan: Plan) -> _Launched:
         for sequence in plan.admitted:
-            self._admit(sequence)
+            try:
+                self._admit(sequence)
+            except Exception as error:  # one request's fault must not end the others
+                logger.exception("a request could not be prepared; it alone ends")
+                self._committer.fail(sequence, internal_error(error))
         bucket = self._runtime.bucket_for(plan)
         words = self._builder.build(plan, bucket, self.model_config.eos_token_ids)
         results, scores = self._runtime.run(bucket, words)
@@ -314,9 +330,10 @@ class Engine:
         self._deliver()
 
     def _audit(self) -> PageAudit:
-        leases = self._leases
-        owners = [*self._scheduler.sequences(), *leases.sequences()]
-        return audit(self._pool, owners, leases.num_pages())
+        def owners() -> list[Sequence]:
+            return [*self._scheduler.sequences(), *self._leases.sequences()]
+
+        return audit(self._pool, self._intake.own(owners), self._leases.num_pages())
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
         stream = self._intake.submit(request, self._scheduler.num_waiting, lease_s)

@@ -60,6 +60,14 @@ def closed_error() -> RequestError:
     )
 
 
+def internal_error(error: Exception) -> RequestError:
+    """Ends a request that the engine itself failed."""
+    return RequestError(
+        f"the engine failed this request ({type(error).__name__}), and it alone; please report it",
+        code=ErrorCode.INTERNAL,
+    )
+
+
 def step_error(error: Exception) -> RequestError:
     """Ends a request that was on the device when a step failed."""
     return RequestError(

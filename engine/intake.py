@@ -6,7 +6,6 @@ Callers get an answer at once; what they ask for is done by the loop, between tw
 import secrets
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterable
 from itertools import count
 
@@ -28,9 +27,9 @@ class Intake:
         self._max_waiting = max_waiting
         self._schedule = schedule
         self._changed = threading.Condition()
-        self._commands: deque[Command] = deque()
+        self._commands: list[Command] = []
+        self._queued: list[Group] = []
         self._groups: dict[str, Group] = {}
-        self._num_queued = 0
         self._arrivals = count()
         self._is_draining = False
         self._is_closed = False
@@ -38,7 +37,8 @@ class Intake:
     @property
     def num_queued(self) -> int:
         """Sequences that were admitted and that the loop has not taken yet."""
-        return self._num_queued
+        with self._changed:
+            return sum(len(group.sequences) for group in self._queued)
 
     @property
     def is_closed(self) -> bool:
@@ -53,7 +53,7 @@ class Intake:
         """
         with self._changed:
             self.check_open()
-            waiting = num_waiting + self._num_queued
+            waiting = num_waiting + self.num_queued
             if waiting + request.params.n > self._max_waiting:
                 raise RequestError(
                     f"got a request while {waiting} wait; allowed are {self._max_waiting}; try"
@@ -72,10 +72,15 @@ class Intake:
             self._enqueue(group)
         return stream
 
-    def resume(self, sequence: Sequence, timeout_s: float | None) -> TokenStream:
-        """Opens a sequence that was held, under a request id of its own."""
+    def resume(self, take: Callable[[], Sequence], timeout_s: float | None) -> TokenStream:
+        """Opens a sequence that was held, under a request id of its own.
+
+        `take` ends its lease, and what it raises is raised; so is UNAVAILABLE while closing.
+        """
         now = time.monotonic()
         with self._changed:
+            self.check_open()
+            sequence = take()
             old = sequence.group
             group = Group(
                 request=old.request,
@@ -126,13 +131,25 @@ class Intake:
 
     def run_commands(self) -> None:
         """Does what was asked for since the last call."""
-        while self._commands:
-            self._commands.popleft()()
+        with self._changed:
+            groups, self._queued = self._queued, []
+            commands, self._commands = self._commands, []
+        # A command may be about any of these requests, so they come first.
+        for group in groups:
+            for sequence in group.sequences:
+                self._schedule(sequence)
+        for command in commands:
+            command()
+
+    def own(self, owners: Callable[[], list[Sequence]]) -> list[Sequence]:
+        """Returns `owners()` and the queued sequences, as of one moment, for the audit."""
+        with self._changed:
+            return [*owners(), *(s for group in self._queued for s in group.sequences)]
 
     def wait(self, timeout_s: float) -> None:
         """Sleeps until there is a command, or the engine closes, or timeout_s is over."""
         with self._changed:
-            if not self._commands and not self._is_closed:
+            if not (self._commands or self._queued or self._is_closed):
                 self._changed.wait(timeout_s)
 
     def forget(self, groups: Iterable[Group]) -> None:
@@ -143,14 +160,8 @@ class Intake:
             self._changed.notify_all()
 
     def _enqueue(self, group: Group) -> None:
-        def add() -> None:
-            self._num_queued -= len(group.sequences)
-            for sequence in group.sequences:
-                self._schedule(sequence)
-
         self._groups[group.stream.request_id] = group
-        self._num_queued += len(group.sequences)
-        self._commands.append(add)
+        self._queued.append(group)
         self._changed.notify_all()
 
 

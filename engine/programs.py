@@ -51,6 +51,7 @@ class Programs:
         self._edit: jax.stages.Compiled | None = None
         self._is_sealed = False
         self._compilations = 0
+        self._is_counting = True
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @property
@@ -83,8 +84,10 @@ class Programs:
         self._is_sealed = True
 
     def close(self) -> None:
-        """Stops counting."""
-        jax.monitoring.unregister_event_duration_listener(self._on_event)
+        """Stops counting; a second call does nothing."""
+        if self._is_counting:
+            self._is_counting = False
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
 
     def step(self, bucket: Bucket) -> jax.stages.Compiled:
         """Returns a bucket's program. Raises LookupError, and counts, where there is none."""
