@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -108,7 +108,7 @@ class AsyncClient:
         self._control = control_pb2_grpc.ControlStub(self._channel)
         self._health = health_pb2_grpc.HealthStub(self._channel)
 
-    async def __aenter__(self) -> Self:
+    async def __aenter__(self) -> "AsyncClient":
         return self
 
     async def __aexit__(

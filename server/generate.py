@@ -152,6 +152,7 @@ class TextEngine:
         finally:
             if finish is None:
                 self.engine.abort(stream.request_id)
+        assert finish is not None, "a stream ended without its finish"
         if finish.error is not None:
             raise finish.error
         if len(places) != len(token_request.prompt_ids):

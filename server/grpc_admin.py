@@ -133,8 +133,9 @@ class _Profile:
                 return None
             duration_s = time.monotonic() - self._start
             self._start = None
-            if self._timer is not asyncio.current_task():
-                self._timer.cancel()
+            timer, self._timer = self._timer, None
+            if timer is not None and timer is not asyncio.current_task():
+                timer.cancel()
             await asyncio.to_thread(jax.profiler.stop_trace)
             return duration_s
 

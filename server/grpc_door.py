@@ -21,6 +21,9 @@ from pallasite.server.auth import ApiKeys
 from pallasite.server.grpc_errors import STATUS, message_of, trailers
 from pallasite.server.grpc_messages import parse
 
+# grpc.aio.ServicerContext describes it, and is no base of the class that gRPC hands over.
+Context = Any
+
 _log = logging.getLogger(__name__)
 
 _BUSY_RETRY_S = 0.5
@@ -40,7 +43,7 @@ class Call:
     tenant: str
     request_id: str
     timeout_s: float | None
-    context: grpc.aio.ServicerContext
+    context: Context
 
 
 class Door:
@@ -79,12 +82,12 @@ class Door:
                     async for response in responses:
                         await call.context.write(response)
 
-            async def stream(data: bytes, context: grpc.aio.ServicerContext) -> None:
+            async def stream(data: bytes, context: Context) -> None:
                 await self._guarded(write_all, request_type, data, context)
 
             return grpc.unary_stream_rpc_method_handler(stream, **serialization)
 
-        async def unary(data: bytes, context: grpc.aio.ServicerContext) -> Message:
+        async def unary(data: bytes, context: Context) -> Message:
             return await self._guarded(answer, request_type, data, context)
 
         return grpc.unary_unary_rpc_method_handler(unary, **serialization)
@@ -94,7 +97,7 @@ class Door:
         answer: Callable[[Any, Call], Awaitable[Any]],
         request_type: type[Message],
         data: bytes,
-        context: grpc.aio.ServicerContext,
+        context: Context,
     ) -> Any:
         metadata = dict(context.invocation_metadata() or ())
         tenant = self._keys.tenant(metadata.get("authorization"))
@@ -104,6 +107,7 @@ class Door:
                 "got no API key that this server knows; it takes `authorization: Bearer KEY`; send"
                 " a key that the operator gave you",
             )
+            raise AssertionError("gRPC went on after an abort")
         self.num_calls += 1
         try:
             call = Call(
@@ -139,7 +143,7 @@ class Door:
             )
 
 
-async def abort(context: grpc.aio.ServicerContext, error: RequestError) -> NoReturn:
+async def abort(context: Context, error: RequestError) -> NoReturn:
     """Ends a call with the status and details of an error."""
     await context.abort(STATUS[error.code], message_of(error), trailers(error))
     raise AssertionError("gRPC went on after an abort")

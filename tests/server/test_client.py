@@ -216,8 +216,8 @@ async def test_the_synchronous_client_says_the_same(tmp_path):
             said["request_id"] = stream.request_id
             chat = client.chat([{"role": "user", "content": "a"}], sampling)
             said["chat"] = sum(len(event.token_ids) for event in chat)
-            first = client.prefill("abc", sampling, lease_s=9)
-            said["lease"] = client.extend_lease(first.handle, 3).expires_in_s
+            first = client.prefill("abc", sampling, lease_s=9.0)
+            said["lease"] = client.extend_lease(first.handle, 3.0).expires_in_s
             rest = "".join(event.text for event in client.decode(first.handle))
             said["halves"] = first.event.text + rest
             second = client.prefill("abc", sampling)

@@ -209,12 +209,12 @@ async def test_a_dropped_connection_aborts_its_requests(tmp_path):
 
 
 async def test_the_deadline_of_the_call_is_the_requests(tmp_path):
-    async with serving(tmp_path) as s:
+    async with serving(tmp_path, FakeEngine(step_s=0.01)) as s:
         sampling = SamplingParams(max_tokens=500)
         with pytest.raises(grpc.RpcError) as caught:
-            await collect(s.client.generate("abc", sampling, timeout_s=0.1))
+            await collect(s.client.generate("abc", sampling, timeout_s=0.5))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert s.engine.submitted[0].timeout_s <= 0.1
+        assert s.engine.submitted[0].timeout_s <= 0.5
         await eventually(lambda: not s.engine.rows, timeout_s=0.5)
 
 
@@ -292,9 +292,9 @@ async def test_a_handle_serves_once_and_its_own_tenant(tmp_path):
 
     status = grpc.StatusCode
     async with serving(tmp_path) as s:
-        first = await s.client.prefill("abc", SamplingParams(max_tokens=4), lease_s=5)
+        first = await s.client.prefill("abc", SamplingParams(max_tokens=4), lease_s=5.0)
         assert first.handle.expires_in_s == 5
-        longer = await s.client.extend_lease(first.handle, 7)
+        longer = await s.client.extend_lease(first.handle, 7.0)
         assert longer.expires_in_s == 7
         await collect(s.client.decode(first.handle))
         assert await code_of(collect(s.client.decode(first.handle))) is status.FAILED_PRECONDITION

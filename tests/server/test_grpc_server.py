@@ -147,7 +147,7 @@ async def test_tls_serves_those_who_trust_it(tmp_path):
         once = RetryPolicy(max_attempts=1)
         for tls in (None, Tls(root_certificates=certificate)):
             async with AsyncClient(s.server.address, tls=tls, policy=once) as client:
-                call = client.tokenize("a", timeout_s=5)
+                call = client.tokenize("a", timeout_s=5.0)
                 assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
     missing = TlsFiles(certificate=tmp_path / "none", private_key=key)
     with pytest.raises(ConfigError, match="FileNotFoundError"):
@@ -200,7 +200,7 @@ async def test_draining_lets_requests_end_and_refuses_new_ones(tmp_path):
         streams = [asyncio.create_task(read_all(s.client.generate("ab", sampling)))]
         streams += [asyncio.create_task(read_all(s.client.generate("cd", sampling)))]
         await eventually(lambda: len(s.engine.rows) == 2)
-        draining = asyncio.ensure_future(s.admin.Drain(admin_pb2.DrainRequest(timeout_s=5)))
+        draining = asyncio.ensure_future(s.admin.Drain(admin_pb2.DrainRequest(timeout_s=5.0)))
         start = time.monotonic()
         while await statuses(s.channel) != {"NOT_SERVING"}:
             await asyncio.sleep(0.005)
