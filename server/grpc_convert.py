@@ -23,6 +23,13 @@ _REASONS = {
     FinishReason.ABORT: pb.FINISH_REASON_ABORT,
     FinishReason.ERROR: pb.FINISH_REASON_ERROR,
 }
+# Where the gRPC messages have other names for what errors speak of.
+_FIELD_NAMES = {
+    "request_id": "x-request-id",
+    "messages": "chat.messages",
+    "handle": "handle_id",
+    "handle.epoch": "epoch",
+}
 # Sampling fields that the engine knows by the same name and type.
 PLAIN_PARAMS = (
     "max_tokens",
@@ -132,16 +139,16 @@ def kv_handle(handle: KvHandle) -> pb.KvHandle:
     )
 
 
-def field_path(
-    field: str, request: pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest, path: str
-) -> str:
-    """The path, in the call's message, of the field that an error names; `path` is the request's
-    own in that message. "" where the error names none."""
-    kind = request.WhichOneof("prompt") or "prompt"
-    # The call itself carries these, and no field of its message does.
+def field_path(field: str, request: Any, path: str) -> str:
+    """The path of a field that an error names, in the call's message; `path` is the request's own
+    in that message. "" where the error names none."""
     if field in ("", "lease_s", "request_id", "timeout_s", "tenant"):
-        return {"request_id": "x-request-id"}.get(field, field)
-    name = {"prompt": kind, "messages": "chat.messages"}.get(field, field)
+        # Carried by the call itself, or by the message above the request.
+        return _FIELD_NAMES.get(field, field)
+    if field == "prompt":
+        name = request.WhichOneof("prompt") or field
+    else:
+        name = _FIELD_NAMES.get(field, field)
     return f"{path}.{name}".lstrip(".")
 
 

@@ -3,6 +3,8 @@
 from collections.abc import AsyncIterator, Iterator
 from contextlib import closing, contextmanager
 
+from google.protobuf.message import Message
+
 from pallasite.engine.errors import RequestError
 from pallasite.engine.request import Finish
 from pallasite.proto import inference_pb2 as pb
@@ -46,16 +48,18 @@ class InferenceService:
         self, request: pb.DecodeRequest, call: Call
     ) -> AsyncIterator[pb.GenerateEvent]:
         """Streams what follows the first token of a prefill."""
-        stream = self._text_engine.decode(
-            request.handle_id, request.epoch, call.tenant, call.timeout_s
-        )
+        with _fields_of(request):
+            stream = self._text_engine.decode(
+                request.handle_id, request.epoch, call.tenant, call.timeout_s
+            )
         with closing(stream):
             async for message in _messages(stream, call):
                 yield message
 
     async def release_kv(self, request: pb.ReleaseKvRequest, call: Call) -> pb.ReleaseKvResponse:
         """Gives a handle's pages back."""
-        self._text_engine.release(request.handle_id, request.epoch, call.tenant)
+        with _fields_of(request):
+            self._text_engine.release(request.handle_id, request.epoch, call.tenant)
         return pb.ReleaseKvResponse()
 
     async def extend_lease(
@@ -63,9 +67,10 @@ class InferenceService:
     ) -> pb.ExtendLeaseResponse:
         """Begins a handle's lease anew."""
         lease_s = request.lease_s if request.HasField("lease_s") else None
-        handle = self._text_engine.extend_lease(
-            request.handle_id, request.epoch, call.tenant, lease_s
-        )
+        with _fields_of(request):
+            handle = self._text_engine.extend_lease(
+                request.handle_id, request.epoch, call.tenant, lease_s
+            )
         return pb.ExtendLeaseResponse(handle=convert.kv_handle(handle))
 
     async def tokenize(self, request: pb.TokenizeRequest, call: Call) -> pb.TokenizeResponse:
@@ -106,9 +111,7 @@ def _raise_error(finish: Finish) -> None:
 
 
 @contextmanager
-def _fields_of(
-    request: pb.GenerateRequest | pb.ScoreRequest | pb.TokenizeRequest, path: str = ""
-) -> Iterator[None]:
+def _fields_of(request: Message, path: str = "") -> Iterator[None]:
     """Names the field of an error raised inside as the call's message names it."""
     try:
         yield

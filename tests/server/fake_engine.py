@@ -203,7 +203,9 @@ class FakeEngine:
     def _lease(self, handle_id, epoch, tenant):
         if epoch != self.epoch or handle_id in self.ended_handles:
             raise RequestError(
-                "got a handle that has ended; prefill again", code=ErrorCode.FAILED_PRECONDITION
+                "got a handle that has ended; prefill again",
+                code=ErrorCode.FAILED_PRECONDITION,
+                field="handle",
             )
         if handle_id not in self.leases:
             raise RequestError("got a handle that never was", code=ErrorCode.NOT_FOUND)

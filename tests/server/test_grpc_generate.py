@@ -7,7 +7,7 @@ import pytest
 
 from pallasite.engine.errors import ErrorCode, RequestError
 from pallasite.proto import inference_pb2 as pb
-from pallasite.server.client import SamplingParams
+from pallasite.server.client import SamplingParams, bad_fields
 from pallasite.server.grpc_convert import PLAIN_PARAMS
 from tests.server.fake_engine import FakeEngine
 from tests.server.serving import eventually, serving
@@ -288,6 +288,8 @@ async def test_a_handle_serves_once_and_its_own_tenant(tmp_path):
     async def code_of(awaitable):
         with pytest.raises(grpc.RpcError) as caught:
             await awaitable
+        if caught.value.code() is status.FAILED_PRECONDITION:
+            assert bad_fields(caught.value) == ["handle_id"]
         return caught.value.code()
 
     status = grpc.StatusCode
