@@ -180,6 +180,8 @@ def _attend_prefill(
         kv_len = ragged.kv_lens[row]
         first_position = kv_len - q_len + index * tile_len
         positions = first_position + jnp.arange(tile_len, dtype=jnp.int32)
+        # Queries beyond the request's end see what its last one sees, so that they stay finite.
+        positions = jnp.minimum(positions, kv_len - 1)
         starts = _first_visible(positions, config)
         queries = jax.lax.dynamic_slice_in_dim(q, start, tile_len)
         queries = jnp.transpose(queries, (1, 2, 0, 3))  # [K, G, t, H]
