@@ -1,0 +1,115 @@
+"""`serve` in a process of its own, with a real engine on a tiny model: signals, and how it ends."""
+
+import asyncio
+import signal
+import sys
+import time
+from contextlib import asynccontextmanager
+
+import grpc
+import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from pallasite.proto import inference_pb2 as pb
+from pallasite.server.client import AsyncClient, RetryPolicy, SamplingParams
+from tests.tiny_checkpoints import TINY, random_tensors, write_hf
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from pallasite.engine.config import EngineConfig
+from pallasite.server.config import ServerConfig
+from pallasite.server.server import serve
+engine = EngineConfig(
+    weights="f32", max_requests=2, max_batch_tokens=16, compile_cache=Path(sys.argv[2])
+)
+config = ServerConfig(model=Path(sys.argv[1]), port=0, engine=engine, drain_s=60.0)
+sys.exit(serve(config, lambda message: print(message, flush=True)))
+"""
+ONCE = RetryPolicy(max_attempts=1)
+
+
+@asynccontextmanager
+async def served(tmp_path, compile_cache):
+    """Yields the process and its address, once it listens."""
+    folder = write_hf(tmp_path / "tiny", TINY, random_tensors(TINY))
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-c",
+        SCRIPT,
+        str(folder),
+        str(compile_cache),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    try:
+        async with asyncio.timeout(300):
+            while not (line := await process.stdout.readline()).startswith(b"tiny is served on "):
+                assert line, "the server ended before it listened"
+        yield process, line.decode().split()[-1]
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def tokens_of(stream):
+    """How many tokens a stream had, and whether its end was an orderly one."""
+    num_tokens, finish = 0, None
+    async for event in stream:
+        num_tokens += len(event.token_ids)
+        finish = event.finish if event.HasField("finish") else finish
+    return num_tokens, finish is not None and finish.reason == pb.FINISH_REASON_LENGTH
+
+
+async def test_the_first_signal_lets_every_stream_end(tmp_path, compile_cache):
+    sampling = SamplingParams(max_tokens=40, ignore_eos=True)
+    async with served(tmp_path, compile_cache) as (process, address):
+        async with AsyncClient(address, policy=ONCE) as client:
+            assert await client.wait_until_ready(10.0)
+            streams = [
+                asyncio.create_task(tokens_of(client.generate([i + 1], sampling)))
+                for i in range(50)
+            ]
+            health = health_pb2_grpc.HealthStub(client._channel)
+            while (await client.load()).num_waiting < 10:
+                await asyncio.sleep(0.005)
+            process.send_signal(signal.SIGTERM)
+            start = time.monotonic()
+            status = health_pb2.HealthCheckResponse.SERVING
+            while status == health_pb2.HealthCheckResponse.SERVING:
+                status = (await health.Check(health_pb2.HealthCheckRequest())).status
+            took_s = time.monotonic() - start
+            assert status == health_pb2.HealthCheckResponse.NOT_SERVING
+            with pytest.raises(grpc.RpcError) as caught:
+                await tokens_of(client.generate([1], sampling))
+            assert caught.value.code() is grpc.StatusCode.UNAVAILABLE
+            ends = await asyncio.gather(*streams)
+        assert ends == [(40, True)] * 50
+        assert await asyncio.wait_for(process.wait(), 10) == 0
+    # 100 ms on an idle machine; the tests may share theirs.
+    assert took_s < 0.5
+
+
+async def test_the_second_signal_ends_it_within_two_seconds(tmp_path, compile_cache):
+    sampling = SamplingParams(max_tokens=500, ignore_eos=True)
+    async with (
+        served(tmp_path, compile_cache) as (process, address),
+        AsyncClient(address, policy=ONCE) as client,
+    ):
+        assert await client.wait_until_ready(10.0)
+        streams = [
+            asyncio.create_task(tokens_of(client.generate([1], sampling))) for _ in range(80)
+        ]
+        while (await client.load()).num_waiting < 40:
+            await asyncio.sleep(0.005)
+        process.send_signal(signal.SIGTERM)
+        await asyncio.sleep(0.3)
+        assert process.returncode is None
+        process.send_signal(signal.SIGTERM)
+        start = time.monotonic()
+        assert await asyncio.wait_for(process.wait(), 10) == 128 + signal.SIGTERM
+        assert time.monotonic() - start < 2.0
+        ends = await asyncio.gather(*streams, return_exceptions=True)
+    cut = [end for end in ends if isinstance(end, grpc.RpcError)]
+    assert len(cut) > 20
+    assert all(end[0] == 500 for end in ends if not isinstance(end, grpc.RpcError))
