@@ -42,7 +42,7 @@ parity: .venv/parity.stamp
 
 reliability: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
-	$(BIN)/python -m pytest tests/reliability --full
+	$(BIN)/python -m pytest tests/reliability --full --timeout 7200 -s
 
 proto: .venv/test.stamp
 	rm -rf build/proto && mkdir -p build/proto

@@ -7,6 +7,7 @@ import os
 import secrets
 import sys
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,10 @@ hypothesis.settings.register_profile("pallasite", deadline=None, print_blob=True
 hypothesis.settings.load_profile("pallasite")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--full", action="store_true", help="repeat as often as the figures say")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     """One seed for the whole run, Hypothesis's and the `rng` fixture's; drawn unless given."""
@@ -55,6 +60,12 @@ def rng(request: pytest.FixtureRequest) -> np.random.Generator:
     """Random numbers of this test alone, made from its name and the run's printed seed."""
     seed = zlib.crc32(str(request.config.option.hypothesis_seed).encode())
     return np.random.default_rng([seed, zlib.crc32(request.node.nodeid.encode())])
+
+
+@pytest.fixture(scope="session")
+def repetitions(pytestconfig: pytest.Config) -> Callable[[int, int], int]:
+    """`repetitions(few, full)`: the first, or with `--full` the second, how often to repeat."""
+    return lambda few, full: full if pytestconfig.option.full else few
 
 
 @pytest.fixture(scope="session")

@@ -41,3 +41,7 @@ def test_random_numbers_are_each_tests_own(rng, request):
     assert np.isfinite(drawn).all()
     assert not np.array_equal(drawn, other)
     assert request.config.option.hypothesis_seed is not None
+
+
+def test_repetitions_are_few_unless_all_are_asked_for(repetitions, request):
+    assert repetitions(2, 2000) == (2000 if request.config.option.full else 2)
