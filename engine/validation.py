@@ -6,6 +6,7 @@ Checks run before admission and before any loop over what the request contains.
 import math
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import cast
 
 from pallasite.engine.config import Limits
 from pallasite.engine.errors import RequestError
@@ -126,33 +127,52 @@ def _refuse(field: str, got: str, allowed: str, change: str) -> None:
     raise RequestError(f"{field}: got {got}; allowed is {allowed}; {change}", field=field)
 
 
-def _int(field: str, value: int, least: int, most: int) -> None:
+# The values below are the caller's, so their types are looked at rather than believed.
+
+
+def _int(field: str, value: object, least: int, most: int) -> None:
     if type(value) is not int or not least <= value <= most:
-        _refuse(field, f"{value!r}"[:80], f"an integer from {least} to {most}", "change it")
+        _refuse(field, _shown(value), f"an integer from {least} to {most}", "change it")
 
 
 def _float(
     field: str,
-    value: float,
+    value: object,
     *,
     least: float,
     most: float = math.inf,
     excluded: bool = False,
 ) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    is_within = is_number and math.isfinite(value) and least <= value <= most
-    if is_within and not (excluded and value == least):
+    number = _number(value)
+    if math.isfinite(number) and least <= number <= most and not (excluded and number == least):
         return
     above = f"above {least:g}" if excluded else f"from {least:g}"
     upto = "" if most == math.inf else f" up to {most:g}"
-    _refuse(field, f"{value!r}"[:80], f"a finite number {above}{upto}", "change it")
+    _refuse(field, _shown(value), f"a finite number {above}{upto}", "change it")
 
 
-def _length(field: str, value: str, least: int, most: int) -> None:
+def _number(value: object) -> float:
+    """Returns a number as a float, and NaN for anything that is none."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # an integer beyond the floats
+        return math.nan
+
+
+def _shown(value: object) -> str:
+    """Returns what was got, kept short; Python refuses to print vast integers."""
+    if isinstance(value, int) and value.bit_length() > 128:
+        return f"an integer of {value.bit_length()} bits"
+    return repr(value)[:80]
+
+
+def _length(field: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, str) or not least <= len(value) <= most or not value.isprintable():
         _refuse(
             field,
-            f"{value!r}"[:80],
+            _shown(value),
             f"at most {most} printable characters",
             "shorten it or leave it out",
         )
@@ -163,13 +183,13 @@ def _count(field: str, values: Collection[object], most: int) -> None:
         _refuse(field, f"{len(values)} entries", f"at most {most}", "send fewer")
 
 
-def _ids(field: str, ids: Collection[int], vocab_size: int) -> None:
-    # min and max are quick on what may be a hundred thousand ids; types are looked at one by one.
-    if not ids:
-        return
+def _ids(field: str, ids: Collection[object], vocab_size: int) -> None:
     if any(type(token_id) is not int for token_id in ids):
         odd = next(token_id for token_id in ids if type(token_id) is not int)
-        _refuse(field, f"the token id {odd!r}"[:80], "integers", "send token ids")
-    if min(ids) < 0 or max(ids) >= vocab_size:
-        odd = min(ids) if min(ids) < 0 else max(ids)
-        _refuse(field, f"the token id {odd}", f"ids from 0 to {vocab_size - 1}", "send such ids")
+        _refuse(field, f"the token id {_shown(odd)}", "integers", "send token ids")
+    whole = cast(Collection[int], ids)
+    # min and max are quick on what may be a hundred thousand ids.
+    if whole and (min(whole) < 0 or max(whole) >= vocab_size):
+        odd = min(whole) if min(whole) < 0 else max(whole)
+        allowed = f"ids from 0 to {vocab_size - 1}"
+        _refuse(field, f"the token id {_shown(odd)}", allowed, "send such ids")

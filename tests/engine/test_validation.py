@@ -1,0 +1,235 @@
+"""Every cap of the one validator: refused by the field's name, at once, and not one step too early.
+
+The lists here are the specification; tests/reliability/ runs them against an engine.
+"""
+
+import math
+from types import MappingProxyType
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pallasite.engine import ErrorCode, Limits, Request, RequestError, SamplingParams
+from pallasite.engine.validation import Bounds, validate
+
+VOCAB, CONTEXT = 320, 64
+BOUNDS = Bounds(vocab_size=VOCAB, max_context_len=CONTEXT, num_cached_tokens=48, limits=Limits())
+HUGE = 10**5000
+"""An integer that Python itself will not print, nor turn into a float."""
+
+
+def with_params(**params):
+    return {"params": unchecked(SamplingParams(max_tokens=4), params)}
+
+
+def unchecked(value, fields):
+    """Sets fields as production does, where nothing compares them with their annotations."""
+    for name, field in fields.items():
+        assert hasattr(value, name)
+        object.__setattr__(value, name, field)
+    return value
+
+
+def ids(count):
+    return tuple(range(count))
+
+
+ALLOWED = {
+    "the longest prompt": {"prompt_ids": (0,) * 44},
+    "all that the cache holds": {"prompt_ids": (0,), **with_params(max_tokens=47)},
+    "the largest id": {"prompt_ids": (VOCAB - 1,)},
+    "the longest request id": {"request_id": "r" * 128},
+    "the longest tenant": {"tenant": "é" * 128},
+    "the lowest priority": {"priority": -(2**31)},
+    "the highest priority": {"priority": 2**31 - 1},
+    "a short time": {"timeout_s": 1e-9},
+    "min_tokens": with_params(min_tokens=4),
+    "n": with_params(n=16),
+    "temperature": with_params(temperature=100.0),
+    "temperature 0": with_params(temperature=0),
+    "top_k": with_params(top_k=VOCAB),
+    "top_p": with_params(top_p=1.0),
+    "a small top_p": with_params(top_p=1e-30),
+    "min_p 0": with_params(min_p=0.0),
+    "min_p 1": with_params(min_p=1.0),
+    "repetition_penalty": with_params(repetition_penalty=100.0),
+    "presence_penalty": with_params(presence_penalty=-100.0),
+    "frequency_penalty": with_params(frequency_penalty=100.0),
+    "the lowest seed": with_params(seed=-(2**63)),
+    "the highest seed": with_params(seed=2**64 - 1),
+    "logprobs": with_params(logprobs=20),
+    "prompt_logprobs 0": with_params(prompt_logprobs=0),
+    "logit_bias": with_params(logit_bias=dict.fromkeys(range(VOCAB), -1000.0)),
+    "every id allowed": with_params(allowed_token_ids=ids(VOCAB)),
+    "stop ids": with_params(stop_token_ids=ids(16)),
+    "bad words": with_params(bad_words=(ids(16),) * 64),
+    "one left of those allowed": with_params(allowed_token_ids=(1, 2), bad_words=((1,), (2, 1))),
+}
+
+REFUSED = [
+    ("prompt", {"prompt_ids": ()}),
+    ("prompt", {"prompt_ids": (0,) * CONTEXT}),
+    ("prompt", {"prompt_ids": (0,) * 100_000}),
+    ("prompt", {"prompt_ids": (0, VOCAB)}),
+    ("prompt", {"prompt_ids": (-1, 0)}),
+    ("prompt", {"prompt_ids": (HUGE,)}),
+    ("prompt", {"prompt_ids": (0, True)}),
+    ("prompt", {"prompt_ids": (0, 1.0)}),
+    ("prompt", {"prompt_ids": ("a",)}),
+    ("request_id", {"request_id": b"r"}),
+    ("request_id", {"request_id": "r" * 129}),
+    ("request_id", {"request_id": "a\nb"}),
+    ("tenant", {"tenant": "t" * 129}),
+    ("tenant", {"tenant": "\x00"}),
+    ("tenant", {"tenant": "\ud800"}),
+    ("priority", {"priority": 2**31}),
+    ("priority", {"priority": -(2**31) - 1}),
+    ("timeout_s", {"timeout_s": 0.0}),
+    ("timeout_s", {"timeout_s": -1.0}),
+    ("timeout_s", {"timeout_s": math.nan}),
+    ("timeout_s", {"timeout_s": math.inf}),
+    ("timeout_s", {"timeout_s": HUGE}),
+    ("timeout_s", {"timeout_s": "1"}),
+    ("sampling.max_tokens", with_params(max_tokens=0)),
+    ("sampling.max_tokens", with_params(max_tokens=-1)),
+    ("sampling.max_tokens", with_params(max_tokens=48)),
+    ("sampling.max_tokens", with_params(max_tokens=CONTEXT)),
+    ("sampling.max_tokens", with_params(max_tokens=2**31 - 1)),
+    ("sampling.max_tokens", with_params(max_tokens=2**31)),
+    ("sampling.max_tokens", with_params(max_tokens=HUGE)),
+    ("sampling.min_tokens", with_params(min_tokens=-1)),
+    ("sampling.min_tokens", with_params(min_tokens=5)),
+    ("sampling.n", with_params(n=0)),
+    ("sampling.n", with_params(n=17)),
+    ("sampling.n", with_params(n=HUGE)),
+    ("sampling.temperature", with_params(temperature=-0.1)),
+    ("sampling.temperature", with_params(temperature=100.1)),
+    ("sampling.temperature", with_params(temperature=math.nan)),
+    ("sampling.temperature", with_params(temperature=math.inf)),
+    ("sampling.temperature", with_params(temperature=HUGE)),
+    ("sampling.temperature", with_params(temperature=True)),
+    ("sampling.temperature", with_params(temperature=None)),
+    ("sampling.top_k", with_params(top_k=-1)),
+    ("sampling.top_k", with_params(top_k=VOCAB + 1)),
+    ("sampling.top_p", with_params(top_p=0.0)),
+    ("sampling.top_p", with_params(top_p=1.0001)),
+    ("sampling.top_p", with_params(top_p=math.nan)),
+    ("sampling.min_p", with_params(min_p=-0.1)),
+    ("sampling.min_p", with_params(min_p=1.1)),
+    ("sampling.min_p", with_params(min_p=math.nan)),
+    ("sampling.repetition_penalty", with_params(repetition_penalty=0.0)),
+    ("sampling.repetition_penalty", with_params(repetition_penalty=100.1)),
+    ("sampling.repetition_penalty", with_params(repetition_penalty=math.inf)),
+    ("sampling.presence_penalty", with_params(presence_penalty=100.1)),
+    ("sampling.presence_penalty", with_params(presence_penalty=-math.inf)),
+    ("sampling.frequency_penalty", with_params(frequency_penalty=-100.1)),
+    ("sampling.frequency_penalty", with_params(frequency_penalty=math.nan)),
+    ("sampling.seed", with_params(seed=2**64)),
+    ("sampling.seed", with_params(seed=-(2**63) - 1)),
+    ("sampling.logprobs", with_params(logprobs=-1)),
+    ("sampling.logprobs", with_params(logprobs=21)),
+    ("sampling.prompt_logprobs", with_params(prompt_logprobs=-1)),
+    ("sampling.prompt_logprobs", with_params(prompt_logprobs=21)),
+    ("sampling.logit_bias", with_params(logit_bias={VOCAB: 0.0})),
+    ("sampling.logit_bias", with_params(logit_bias={-1: 0.0})),
+    ("sampling.logit_bias", with_params(logit_bias={0: math.nan})),
+    ("sampling.logit_bias", with_params(logit_bias={0: math.inf})),
+    ("sampling.logit_bias", with_params(logit_bias={0: 1000.1})),
+    ("sampling.logit_bias", with_params(logit_bias=dict.fromkeys(range(1025), 0.0))),
+    ("sampling.allowed_token_ids", with_params(allowed_token_ids=())),
+    ("sampling.allowed_token_ids", with_params(allowed_token_ids=(VOCAB,))),
+    ("sampling.allowed_token_ids", with_params(allowed_token_ids=(0,) * (VOCAB + 1))),
+    ("sampling.stop_token_ids", with_params(stop_token_ids=(0,) * 17)),
+    ("sampling.stop_token_ids", with_params(stop_token_ids=(VOCAB,))),
+    ("sampling.bad_words", with_params(bad_words=((0,),) * 65)),
+    ("sampling.bad_words", with_params(bad_words=((),))),
+    ("sampling.bad_words", with_params(bad_words=((0,) * 17,))),
+    ("sampling.bad_words", with_params(bad_words=((0, VOCAB),))),
+    ("sampling.bad_words", with_params(allowed_token_ids=(1, 2), bad_words=((1,), (2,)))),
+]
+
+
+def request(**fields):
+    return unchecked(Request(prompt_ids=(0, 1, 2)), {**with_params(), **fields})
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_what_is_just_within_its_cap_is_taken(name):
+    validate(request(**ALLOWED[name]), BOUNDS)
+
+
+@pytest.mark.parametrize(
+    ("field", "fields"), REFUSED, ids=[f"{i}-{field}" for i, (field, _) in enumerate(REFUSED)]
+)
+def test_what_is_beyond_its_cap_is_refused_by_name(field, fields):
+    with pytest.raises(RequestError) as caught:
+        validate(request(**fields), BOUNDS)
+    error = caught.value
+    assert error.code is ErrorCode.INVALID_ARGUMENT
+    assert error.field == field
+    message = str(error)
+    assert message.startswith(f"{field}: got ")
+    assert "; allowed is " in message
+    assert message.count("; ") >= 2, "what to change is said last"
+    assert len(message) < 300
+
+
+def test_the_caps_are_the_operators():
+    limits = Limits(
+        max_n=1,
+        max_logprobs=0,
+        max_stop_token_ids=0,
+        max_logit_bias=1,
+        max_bad_words=1,
+        max_bad_word_len=2,
+        max_request_id_len=3,
+        max_tenant_len=4,
+    )
+    bounds = Bounds(vocab_size=VOCAB, max_context_len=64, num_cached_tokens=48, limits=limits)
+    word = MappingProxyType({1: 0.0})
+    within = with_params(logprobs=0, logit_bias=word, bad_words=((1, 2),))
+    validate(request(request_id="abc", tenant="abcd", **within), bounds)
+    beyond = [
+        ("request_id", {"request_id": "abcd"}),
+        ("tenant", {"tenant": "abcde"}),
+        ("sampling.n", with_params(n=2)),
+        ("sampling.logprobs", with_params(logprobs=1)),
+        ("sampling.stop_token_ids", with_params(stop_token_ids=(1,))),
+        ("sampling.logit_bias", with_params(logit_bias={1: 0.0, 2: 0.0})),
+        ("sampling.bad_words", with_params(bad_words=((1,), (2,)))),
+        ("sampling.bad_words", with_params(bad_words=((1, 2, 3),))),
+    ]
+    for field, fields in beyond:
+        with pytest.raises(RequestError) as caught:
+            validate(request(**fields), bounds)
+        assert caught.value.field == field
+
+
+_NUMBERS = st.one_of(st.floats(), st.integers(), st.sampled_from([HUGE, -HUGE]))
+_IDS = st.lists(st.integers(-2, VOCAB + 1), max_size=20).map(tuple)
+
+
+@given(
+    prompt_ids=_IDS,
+    temperature=_NUMBERS,
+    top_p=_NUMBERS,
+    presence_penalty=_NUMBERS,
+    max_tokens=st.integers(),
+    seed=st.none() | st.integers(),
+    logit_bias=st.dictionaries(st.integers(), _NUMBERS, max_size=3),
+    bad_words=st.lists(_IDS, max_size=3).map(tuple),
+)
+def test_no_request_of_whatever_values_gets_another_error(prompt_ids, **params):
+    got = request(prompt_ids=prompt_ids, **with_params(**params))
+    error = None
+    try:
+        validate(got, BOUNDS)
+    except RequestError as raised:
+        error = raised
+    if error is not None:
+        assert error.code is ErrorCode.INVALID_ARGUMENT
+        assert error.field
+    else:
+        assert math.isfinite(params["temperature"])
+        assert 1 <= params["max_tokens"] <= CONTEXT
