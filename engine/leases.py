@@ -112,11 +112,6 @@ class LeaseTable:
             released, self._released = self._released, []
             return released
 
-    def next_expiry(self) -> float | None:
-        """Returns when the next lease ends, on the monotonic clock."""
-        with self._lock:
-            return min((lease.expires_s for lease in self._leases.values()), default=None)
-
     def revoke_all(self, why: str) -> list[Sequence]:
         """Ends every lease, since the pages are lost; returns their sequences."""
         with self._lock:
