@@ -73,9 +73,9 @@ def possible_tokens(x: np.ndarray, params: SamplingParams, noise: np.ndarray) ->
 
 
 def exponential_noise(seed: int, output_index: int, vocab_size: int) -> np.ndarray:
-    """Returns f64[V]: the noise of one draw, from Threefry-2x32-20 in Python integers."""
-    words = np.asarray([_threefry(seed, output_index, i) for i in range(vocab_size)], np.float64)
-    return -np.log1p(-np.minimum(words * 2.0**-32 + 2.0**-33, 1 - 2.0**-24))
+    """Returns f64[V]: the noise of one draw."""
+    uniform = random_words(seed, output_index, vocab_size) * 2.0**-32 + 2.0**-33
+    return -np.log1p(-np.minimum(uniform, 1 - 2.0**-24))
 
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
@@ -83,11 +83,13 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return x - x.max() - np.log(np.exp(x - x.max()).sum())
 
 
-def _threefry(seed: int, output_index: int, counter: int) -> int:
+def random_words(seed: int, output_index: int, num_words: int) -> np.ndarray:
+    """Returns i64[num_words]: Threefry-2x32-20's first words, in integers that cannot overflow."""
     mask = 0xFFFFFFFF
     keys = (seed & mask, output_index & mask)
     keys = (*keys, keys[0] ^ keys[1] ^ 0x1BD11BDA)
-    a, b = (counter + keys[0]) & mask, keys[1]
+    a = (np.arange(num_words, dtype=np.int64) + keys[0]) & mask
+    b = np.full_like(a, keys[1])
     for i in range(20):
         r = (13, 15, 26, 6, 17, 29, 16, 24)[i % 8]
         a = (a + b) & mask
