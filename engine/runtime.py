@@ -103,6 +103,7 @@ class Runtime:
 
 def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) -> Runtime:
     """Opens, plans, compiles and loads; see `Engine.load`."""
+    start = time.monotonic()
     if config.compile_cache is not None:
         use_compile_cache(config.compile_cache)
     device = jax.devices()[0]
@@ -125,14 +126,24 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
         plan = _memory_plan(probe, cache_spec, programs, limit)
         cache_spec = replace(cache_spec, num_pages=pages_that_fit(plan, cache_spec))
 
+    opened = time.monotonic()
     spec = _program_spec(config, abstract, cache_spec, mesh)
     programs = Programs(spec)
     with ThreadPoolExecutor(1) as background:
         loading = background.submit(_load, abstract, checkpoint, mesh, progress)
         programs.compile(progress)
+        compiled = time.monotonic()
         loaded = loading.result()
     _memory_plan(spec, cache_spec, programs, limit).check()
-    return Runtime(programs, replace(spec, model=loaded), cache_spec, max_context_len)
+    prepared = time.monotonic()
+    runtime = Runtime(programs, replace(spec, model=loaded), cache_spec, max_context_len)
+    end = time.monotonic()
+    progress(
+        f"ready after {end - start:.1f} s: opened and planned {opened - start:.1f} s, compiled"
+        f" {compiled - opened:.1f} s while loading, loaded {prepared - compiled:.1f} s more,"
+        f" allocated {end - prepared:.1f} s"
+    )
+    return runtime
 
 
 def _load(abstract: Decoder, checkpoint: Checkpoint, mesh: Mesh, progress: Progress) -> Decoder:
