@@ -21,7 +21,7 @@ from pallasite.engine.config import EngineConfig
 from pallasite.server.config import ServerConfig
 from pallasite.server.server import serve
 engine = EngineConfig(
-    weights="f32", max_requests=2, max_batch_tokens=16, compile_cache=Path(sys.argv[2])
+    weights="f32", max_requests=4, max_batch_tokens=32, compile_cache=Path(sys.argv[2])
 )
 config = ServerConfig(model=Path(sys.argv[1]), port=0, engine=engine, drain_s=60.0)
 sys.exit(serve(config, lambda message: print(message, flush=True)))
