@@ -157,7 +157,7 @@ class Scheduler:
             if self._awaits_sibling(sequence):
                 continue
             self._share_prompt(sequence)
-            if not self._extend_if_free(sequence, sequence.num_tokens - sequence.num_computed):
+            if not self._find_room(sequence):
                 break
             self._waiting.remove(sequence)
             sequence.slot = self._free_slots.pop()
@@ -171,6 +171,20 @@ class Scheduler:
             budget -= count
             rows.append(self._row(sequence, count))
         return admitted
+
+    def _find_room(self, sequence: Sequence) -> bool:
+        """Gives a waiting sequence pages for all its tokens.
+
+        Where nothing runs, no page would ever come back by itself: waiting sequences of worse rank
+        that hold some, resumed from a lease, lose them.
+        """
+        while not self._extend_if_free(sequence, sequence.num_tokens - sequence.num_computed):
+            others = (s for s in reversed(self._waiting) if s.pages and s is not sequence)
+            holder = None if self._running else next(others, None)
+            if holder is None:
+                return False
+            self._forget(holder)
+        return True
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:
         """Whether a sibling is about to finish computing a prompt that this one can share."""
