@@ -38,7 +38,8 @@ bench: .venv/test.stamp
 
 parity: .venv/parity.stamp
 	$(BIN)/pallasite pull smollm2-135m
-	$(BIN)/python tests/parity/make_goldens.py
+	$(BIN)/python -m tests.parity.make_goldens smollm2-135m build/parity
+	$(BIN)/python -m tests.parity.compare build/parity
 
 reliability: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
