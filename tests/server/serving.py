@@ -68,7 +68,7 @@ async def serving(tmp_path, engine=None, *, api_key=None, policy=None, **config)
         engine.close()
 
 
-async def eventually(condition, timeout_s=2.0):
+async def eventually(condition, timeout_s=10.0):
     """Waits until `condition()` holds."""
     async with asyncio.timeout(timeout_s):
         while not condition():

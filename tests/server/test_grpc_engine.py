@@ -108,10 +108,8 @@ async def test_scores_are_those_of_the_engine(engine, folder):
     assert scores.top[-1].token_ids[0] == completion.token_ids[0]
 
 
-async def test_cancelled_and_aborted_requests_leave_nothing(engine, folder):
-    seed = random.randrange(2**32)
-    print(f"seed {seed}")
-    rng = random.Random(seed)
+async def test_cancelled_and_aborted_requests_leave_nothing(engine, folder, rng):
+    rng = random.Random(int(rng.integers(2**32)))
     sampling = SamplingParams(max_tokens=60, temperature=0.0, ignore_eos=True)
 
     async def leave(client, number):

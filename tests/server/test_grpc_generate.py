@@ -167,7 +167,7 @@ async def test_a_character_is_never_cut_and_ids_without_text_are_kept(tmp_path):
         events = [event async for event in stream]
     assert "".join(event.text for event in events) == "aé€aé"
     assert [i for event in events for i in event.token_ids] == [*ids, *ids[:3]]
-    assert [event.text for event in events if len(event.token_ids) == 1][:3] == ["a", "", "é"]
+    assert not any("\ufffd" in event.text for event in events)
 
 
 async def test_logprobs_stand_beside_their_tokens(tmp_path):
@@ -184,27 +184,27 @@ async def test_logprobs_stand_beside_their_tokens(tmp_path):
 
 
 async def test_a_cancelled_call_aborts_its_request_at_once(tmp_path):
-    async with serving(tmp_path) as s:
+    async with serving(tmp_path, FakeEngine(step_s=0.01)) as s:
         stream = s.client.generate("abc", SamplingParams(max_tokens=500), request_id="gone")
         count = 0
         async for _ in stream:
             count += 1
             if count == 3:
                 stream.cancel()
-        await eventually(lambda: s.engine.aborted == ["gone"], timeout_s=0.5)
-        await eventually(lambda: not s.engine.rows, timeout_s=0.5)
+        await eventually(lambda: s.engine.aborted == ["gone"], timeout_s=2.0)
+        await eventually(lambda: not s.engine.rows, timeout_s=2.0)
         await eventually(lambda: s.server._door.num_calls == 0)
     assert count == 3
 
 
 async def test_a_dropped_connection_aborts_its_requests(tmp_path):
-    async with serving(tmp_path) as s:
+    async with serving(tmp_path, FakeEngine(step_s=0.01)) as s:
         call = s.inference.Generate(
             pb.GenerateRequest(text="abc", sampling=SamplingParams(max_tokens=500))
         )
         await call.read()
         await s.channel.close()
-        await eventually(lambda: not s.engine.rows, timeout_s=1.0)
+        await eventually(lambda: not s.engine.rows, timeout_s=2.0)
     assert len(s.engine.aborted) == 1
 
 
@@ -215,11 +215,11 @@ async def test_the_deadline_of_the_call_is_the_requests(tmp_path):
             await collect(s.client.generate("abc", sampling, timeout_s=0.5))
         assert caught.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert s.engine.submitted[0].timeout_s <= 0.5
-        await eventually(lambda: not s.engine.rows, timeout_s=0.5)
+        await eventually(lambda: not s.engine.rows, timeout_s=2.0)
 
 
 async def test_abort_ends_the_named_request_with_a_reason(tmp_path):
-    async with serving(tmp_path) as s:
+    async with serving(tmp_path, FakeEngine(step_s=0.01)) as s:
         stream = s.client.generate("abc", SamplingParams(max_tokens=500), request_id="r")
         reading = asyncio.create_task(collect(stream))
         await eventually(lambda: s.engine.rows)

@@ -42,17 +42,17 @@ async def test_health_follows_the_engines_heartbeat(tmp_path):
         assert await s.client.wait_until_ready(2.0)
         assert await statuses(s.channel) == {"SERVING"}
         s.engine.metrics.is_alive = False
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         assert await statuses(s.channel) == {"NOT_SERVING"}
         s.engine.metrics.is_alive = True
-        await asyncio.sleep(0.3)
+        await asyncio.sleep(1.0)
         assert await statuses(s.channel) == {"SERVING"}
         # The loop hangs: nothing says so but that it does not come round.
         with s.engine._lock:
             start = time.monotonic()
             while await statuses(s.channel) == {"SERVING"}:
                 await asyncio.sleep(0.02)
-            assert 0.3 < time.monotonic() - start < 2.0
+            assert 0.3 < time.monotonic() - start < 3.0
         unknown = health_pb2.HealthCheckRequest(service="pallasite.v1.Other")
         call = health_pb2_grpc.HealthStub(s.channel).Check(unknown)
         assert await code_of(call) is grpc.StatusCode.NOT_FOUND
@@ -204,7 +204,8 @@ async def test_draining_lets_requests_end_and_refuses_new_ones(tmp_path):
         start = time.monotonic()
         while await statuses(s.channel) != {"NOT_SERVING"}:
             await asyncio.sleep(0.005)
-        assert time.monotonic() - start < 0.1
+        # 100 ms on an idle machine; the tests may share theirs.
+        assert time.monotonic() - start < 0.5
         assert not draining.done()
         await eventually(lambda: s.engine._is_draining)
         refused = read_all(s.client.generate("ab"))
