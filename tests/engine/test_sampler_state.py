@@ -12,6 +12,7 @@ from pallasite.engine.request import SamplingParams
 from pallasite.engine.sampler import neutral_rows, sample
 from pallasite.engine.sampler_state import (
     SamplerState,
+    SlotEdit,
     count_fed,
     edit_slot,
     has_bias,
@@ -84,6 +85,24 @@ def test_edits_have_the_shapes_of_one_program():
     assert [bool(edit.resets) for edit in edits] == [True, False, False]
     shapes = {str(jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), edit)) for edit in edits}
     assert len(shapes) == 1
+
+
+def test_an_unused_entry_changes_nothing_whatever_it_says(rng):
+    before = stale_state(rng)
+    edit = SlotEdit(
+        slot=np.asarray(1, np.int32),
+        resets=np.asarray(False),
+        bias_fill=np.asarray(0.0, np.float32),
+        token_ids=np.int32([-1, 5]),
+        marks_seen=np.asarray([True, False]),
+        adds_count=np.int32([3, 4]),
+        sets_bias=np.asarray([True, False]),
+        bias=np.float32([9.0, 9.0]),
+    )
+    after = edited(before, [edit])
+    expected = jax.tree.map(np.array, jax.device_get(before))
+    expected.counts[1, 5] += 4
+    jax.tree.map(np.testing.assert_array_equal, after, expected)
 
 
 @pytest.mark.parametrize("params", [SamplingParams(), SamplingParams(top_k=3, min_p=0.1, seed=1)])
