@@ -13,8 +13,9 @@ from pallasite.engine.errors import ErrorCode, RequestError
 STATUS: Mapping[ErrorCode, grpc.StatusCode] = MappingProxyType(
     {code: grpc.StatusCode[code.name] for code in ErrorCode}
 )
-# Longer messages could overrun the 8 KiB that HTTP/2 peers take as headers.
-_MAX_MESSAGE_LEN = 1024
+# HTTP/2 peers take 8 KiB of headers; the message is in them three times, once with each byte of
+# what is not ASCII written as three.
+_MAX_MESSAGE_BYTES = 800
 
 
 def trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
@@ -52,4 +53,4 @@ def trailers(error: RequestError) -> tuple[tuple[str, str | bytes], ...]:
 
 def message_of(error: RequestError) -> str:
     """The error's message, short enough for a trailer."""
-    return str(error)[:_MAX_MESSAGE_LEN]
+    return str(error).encode(errors="replace")[:_MAX_MESSAGE_BYTES].decode(errors="ignore")

@@ -249,6 +249,16 @@ async def test_an_error_in_the_engine_becomes_the_calls_status_after_the_last_ev
     assert texts == {0: "ok"}
 
 
+async def test_a_long_message_fits_the_trailers(tmp_path):
+    error = RequestError("€" * 2000, field="f" * 100, retry_after_s=1.0)
+    async with serving(tmp_path, FakeEngine(fault=(99, error))) as s:
+        with pytest.raises(grpc.RpcError) as caught:
+            await collect(s.client.generate([99]))
+    assert caught.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert caught.value.details() == "€" * 266
+    assert bad_fields(caught.value) == ["f" * 100]
+
+
 @pytest.mark.parametrize("stop", [[], ["cab"], ["b"], ["bc", "ca"]])
 async def test_prefill_and_decode_say_what_generate_says(tmp_path, stop):
     sampling = SamplingParams(max_tokens=8, stop=stop)
