@@ -4,6 +4,7 @@ Also what a process holds of the machine's memory, as Linux counts it.
 """
 
 import multiprocessing
+import os
 import re
 import signal
 import subprocess
@@ -224,6 +225,18 @@ def memory_of(pid: int) -> Memory:
         proportional=rollup["Pss"],
         anonymous=status["RssAnon"],
     )
+
+
+def cpu_seconds_of(pid: int) -> float:
+    """Returns the CPU time that a process has taken, all threads together, its children's apart.
+
+    Raises OSError where it is gone or this is no Linux.
+    """
+    stat = Path(f"/proc/{pid}/stat").read_text()
+    # The second field, the command's name, may hold spaces; proc(5) counts fields from 1.
+    fields = stat.rpartition(")")[2].split()
+    user, system = int(fields[14 - 3]), int(fields[15 - 3])
+    return (user + system) / os.sysconf("SC_CLK_TCK")
 
 
 def _kilobytes(text: str) -> dict[str, int]:
