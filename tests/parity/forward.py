@@ -1,0 +1,97 @@
+"""Logits of a whole text through our model, by any schedule of chunks. It knows no engine."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.config import WeightForm
+from pallasite.models.decoder import Decoder, forward, unembed
+from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.loader import load_weights
+from pallasite.models.registry import make_model
+from pallasite.models.sharding import make_mesh
+from pallasite.models.weights import compute_dtype, placed
+from pallasite.pallas_kernels.paged_attention import Ragged
+from pallasite.pallas_kernels.target import CPU
+
+NUM_ROWS = 2
+"""B of every program: the text's row and one of padding."""
+
+MAX_LEN = 256
+
+
+class Forward:
+    """A loaded model and an empty cache, for one text at a time."""
+
+    def __init__(self, path: Path, form: WeightForm) -> None:
+        checkpoint = open_checkpoint(path)
+        mesh = make_mesh(jax.devices()[:1])
+        self.config = checkpoint.config
+        self._model = load_weights(
+            placed(make_model(self.config, form, CPU), mesh), checkpoint, mesh
+        )
+        num_columns = MAX_LEN // CPU.page_size
+        spec = CacheSpec(
+            model=self.config,
+            target=CPU,
+            dtype=compute_dtype(form),
+            num_pages=NUM_ROWS * num_columns,
+        )
+        self._cache = spec.allocate(mesh)
+        # The text's pages lie anywhere but in order.
+        pages = np.random.default_rng(0).permutation(spec.num_pages).astype(np.int32)
+        self._page_table = jnp.asarray(pages.reshape(NUM_ROWS, num_columns))
+
+    def logits(self, token_ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
+        """Returns f32 [T, V], the text being fed in chunks of these sizes.
+
+        A chunk of one token is a decode step. The others share a program of the largest's size.
+        """
+        assert sum(chunks) == len(token_ids) <= MAX_LEN
+        size = max(NUM_ROWS + 1, *chunks)
+        parts = []
+        start = 0
+        for count in chunks:
+            T = NUM_ROWS if count == 1 else size
+            ids, positions = np.zeros((2, T), np.int32)
+            ids[:count] = token_ids[start : start + count]
+            positions[:count] = np.arange(start, start + count)
+            start += count
+            ragged = Ragged(
+                positions=jnp.asarray(positions),
+                kv_lens=jnp.asarray([start, 0], jnp.int32),
+                query_starts=jnp.asarray([0, count, count], jnp.int32),
+                page_table=self._page_table,
+                num_requests=jnp.asarray(1, jnp.int32),
+                num_decode=jnp.asarray(int(count == 1), jnp.int32),
+            )
+            logits, self._cache = _step(self._model, self._cache, jnp.asarray(ids), ragged)
+            parts.append(np.asarray(logits)[:count])
+        return np.concatenate(parts)
+
+
+def _run(
+    model: Decoder, cache: jax.Array, token_ids: jax.Array, ragged: Ragged
+) -> tuple[jax.Array, jax.Array]:
+    hidden, cache = forward(model, cache, token_ids, ragged)
+    return unembed(model, hidden), cache
+
+
+_step = jax.jit(_run, donate_argnums=1)
+
+
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Returns f64 log-probabilities over the last axis."""
+    x = logits.astype(np.float64)
+    x -= x.max(axis=-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
+
+
+def token_logprobs(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
+    """Returns f64 [T - 1]: the log-probability of each token but the first, given those before."""
+    rows = np.arange(len(token_ids) - 1)
+    return log_softmax(logits)[rows, token_ids[1:]]
