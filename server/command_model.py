@@ -15,6 +15,7 @@ from pallasite.engine.config import EngineConfig
 from pallasite.engine.planner import choose_num_pages, default_cpu_pages, memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.weights import compute_dtype, num_bytes
@@ -72,6 +73,11 @@ def _model_facts(path: Path, config: EngineConfig, target: Target) -> dict[str, 
     model = checkpoint.config
     abstract = make_model(model, config.weights, target)
     max_context_len = config.max_context_len or model.context_len
+    if max_context_len > model.context_len:
+        raise ConfigError(
+            f"got --max-context-len {max_context_len}; this model was made for"
+            f" {model.context_len} tokens at most; lower it"
+        )
     num_pages = choose_num_pages(config, target.page_size)
     if num_pages is None and target.platform == "cpu":
         num_pages = default_cpu_pages(config, target.page_size, max_context_len)

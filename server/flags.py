@@ -123,7 +123,7 @@ ENGINE_FLAGS = (
         field="cache_tokens",
         kind=WHOLE,
         help="cached tokens over all requests",
-        unset="--max-requests full contexts, but 8 GiB at most on a CPU",
+        unset="on a CPU 1,024 a request, one whole context at least; elsewhere all that fits",
     ),
 )
 QUEUE_FLAGS = (

@@ -188,6 +188,9 @@ def test_info_counts_a_models_parameters_and_bytes(run, model, flags):
     norms = sum(tensor.size for tensor in tensors.values() if tensor.ndim == 1)
     assert bf16["weights_bytes"] == 2 * num_parameters + 2 * norms
     assert "num parameters" in run("info", model).out
+    result = run("info", model, "--max-context-len", TINY.context_len + 1)
+    assert result.status == 2
+    assert f"got --max-context-len 513; this model was made for {TINY.context_len}" in result.err
 
 
 def test_a_server_gives_the_same_answers(run, model, flags, server, sequences):
