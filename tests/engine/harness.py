@@ -4,6 +4,7 @@ The model's weights are large enough that attention and feed-forward decide what
 a wrong page or a wrong position gives other tokens.
 """
 
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -187,3 +188,48 @@ def recorded_plans(engine: Engine, monkeypatch) -> Iterator[list[Plan]]:
     with monkeypatch.context() as patch:
         patch.setattr(engine._scheduler, "schedule", record)
         yield plans
+
+
+class Stepper:
+    """Lets an engine's loop go round only when told."""
+
+    def __init__(self) -> None:
+        self._may_go = threading.Semaphore(0)
+        self._has_come = threading.Semaphore(0)
+        self._is_open = False
+
+    def wrap(self, schedule):
+        def wait_and_schedule(now):
+            if not self._is_open:
+                self._has_come.release()
+                self._may_go.acquire()
+            return schedule(now)
+
+        return wait_and_schedule
+
+    def arrive(self) -> None:
+        """Waits until the loop has done what it was asked, and is about to plan a step."""
+        assert self._has_come.acquire(timeout=60)
+
+    def step(self, count: int = 1) -> None:
+        """Has it plan, launch and commit, and come here again, `count` times."""
+        for _ in range(count):
+            self._may_go.release()
+            self.arrive()
+
+    def open(self) -> None:
+        self._is_open = True
+        self._may_go.release()
+
+
+@contextmanager
+def stepped(engine: Engine, monkeypatch) -> Iterator[Stepper]:
+    """Within the block the engine's loop waits for each `Stepper.step`."""
+    stepper = Stepper()
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "schedule", stepper.wrap(engine._scheduler.schedule))
+        try:
+            stepper.arrive()
+            yield stepper
+        finally:
+            stepper.open()
