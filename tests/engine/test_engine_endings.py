@@ -32,6 +32,11 @@ def bounded(engines):
     return engines.get(BOUNDED)
 
 
+def endless(prompt, **fields):
+    """A greedy request that nothing but its length or the test ends."""
+    return greedy(prompt, ignore_eos=True, **fields)
+
+
 def read(stream):
     """A stream's tokens and its finish."""
     events = list(stream)
@@ -46,8 +51,8 @@ def refusal(call, *arguments):
     return caught.value
 
 
-# 40 prompt tokens in chunks of 16: taken in by turn 1, computed in turns 2 to 4, read from turn 5 on.
-# The turn under way when the abort comes reads one more.
+# 40 prompt tokens in chunks of 16: taken in by turn 1, computed in turns 2 to 4, and a token a turn
+# from the fifth on. The turn under way when the abort comes reads one more.
 @pytest.mark.parametrize("num_turns", range(9))
 def test_an_abort_at_any_stage_frees_its_slot_and_changes_no_other(
     engines, rng, monkeypatch, num_turns
@@ -55,11 +60,11 @@ def test_an_abort_at_any_stage_frees_its_slot_and_changes_no_other(
     engine = engines.get(TIGHT)
     prompt, other_prompt = random_prompt(rng, 40), random_prompt(rng, 9)
     whole, other = tokens(
-        engine.generate([greedy(prompt, max_tokens=12), greedy(other_prompt, max_tokens=12)])
+        engine.generate([endless(prompt, max_tokens=12), endless(other_prompt, max_tokens=12)])
     )
     with stepped(engine, monkeypatch) as loop, recorded_plans(engine, monkeypatch) as plans:
-        stream = engine.submit(greedy(prompt, max_tokens=12, request_id="aborted"))
-        beside = engine.submit(greedy(other_prompt, max_tokens=12))
+        stream = engine.submit(endless(prompt, max_tokens=12, request_id="aborted"))
+        beside = engine.submit(endless(other_prompt, max_tokens=12))
         loop.step(num_turns)
         assert engine.abort("aborted")
         num_plans = len(plans)
@@ -79,7 +84,7 @@ def test_an_abort_at_any_stage_frees_its_slot_and_changes_no_other(
 def test_an_abort_ends_all_completions_of_its_request(engine, rng, monkeypatch):
     prompt = random_prompt(rng, 50)
     with stepped(engine, monkeypatch) as loop:
-        stream = engine.submit(greedy(prompt, max_tokens=100, n=12, request_id="many"))
+        stream = engine.submit(endless(prompt, max_tokens=100, n=12, request_id="many"))
         loop.step(5)
         assert engine.current_load().num_running == 8
         assert engine.current_load().num_waiting == 4
@@ -91,16 +96,16 @@ def test_an_abort_ends_all_completions_of_its_request(engine, rng, monkeypatch):
 
 def test_an_abort_of_nothing_says_so(engine):
     assert not engine.abort("nobody")
-    [completion] = engine.generate([greedy([1, 2], max_tokens=2, request_id="done")])
+    [completion] = engine.generate([endless([1, 2], max_tokens=2, request_id="done")])
     assert completion.request_id == "done"
     assert not engine.abort("done")
 
 
 def test_a_stop_text_ends_one_completion_and_counts_as_told(engine, rng, monkeypatch):
     prompt = random_prompt(rng, 20)
-    [whole] = tokens(engine.generate([greedy(prompt, max_tokens=20)]))
+    [whole] = tokens(engine.generate([endless(prompt, max_tokens=20)]))
     with stepped(engine, monkeypatch) as loop:
-        stream = engine.submit(greedy(prompt, max_tokens=20, n=2, request_id="text"))
+        stream = engine.submit(endless(prompt, max_tokens=20, n=2, request_id="text"))
         loop.step(6)
         engine.stop("text", 1, "the end", 2)
         engine.stop("text", 1, "again", 1)
@@ -118,10 +123,10 @@ def test_a_stop_text_ends_one_completion_and_counts_as_told(engine, rng, monkeyp
 def test_a_deadline_that_passes_in_the_queue_costs_no_token(engine, rng, monkeypatch):
     with stepped(engine, monkeypatch) as loop, recorded_plans(engine, monkeypatch) as plans:
         late = [
-            engine.submit(greedy(random_prompt(rng, 30), max_tokens=9, timeout_s=0.01))
+            engine.submit(endless(random_prompt(rng, 30), max_tokens=9, timeout_s=0.01))
             for _ in range(3)
         ]
-        patient = engine.submit(greedy(random_prompt(rng, 30), max_tokens=9, timeout_s=600.0))
+        patient = engine.submit(endless(random_prompt(rng, 30), max_tokens=9, timeout_s=600.0))
         time.sleep(0.02)
         loop.step(14)
         assert {row.sequence.group.stream for p in plans for row in p.rows} == {patient}
@@ -138,10 +143,10 @@ def test_a_deadline_that_passes_while_decoding_ends_the_completion_with_what_the
     engine, rng, monkeypatch
 ):
     prompt = random_prompt(rng, 30)
-    [whole] = tokens(engine.generate([greedy(prompt, max_tokens=200)]))
+    [whole] = tokens(engine.generate([endless(prompt, max_tokens=200)]))
     with stepped(engine, monkeypatch) as loop:
         start = time.monotonic()
-        stream = engine.submit(greedy(prompt, max_tokens=200, timeout_s=0.5))
+        stream = engine.submit(endless(prompt, max_tokens=200, timeout_s=0.5))
         loop.step(6)
         has_time_left = time.monotonic() < start + 0.5
         time.sleep(0.5)
@@ -154,7 +159,7 @@ def test_a_deadline_that_passes_while_decoding_ends_the_completion_with_what_the
 
 
 def test_a_deadline_of_a_decode_counts_from_its_own_start(engine, rng, monkeypatch):
-    request = greedy(random_prompt(rng, 30), max_tokens=100, timeout_s=600.0)
+    request = endless(random_prompt(rng, 30), max_tokens=100, timeout_s=600.0)
     first = engine.prefill(request, 30.0)
     list(first)
     with stepped(engine, monkeypatch) as loop:
@@ -168,7 +173,7 @@ def test_a_deadline_of_a_decode_counts_from_its_own_start(engine, rng, monkeypat
 
 def test_a_full_queue_refuses_at_once_and_says_when_to_try_again(bounded, rng, monkeypatch):
     def request(n=1):
-        return greedy(random_prompt(rng, 9), max_tokens=3, n=n)
+        return endless(random_prompt(rng, 9), max_tokens=3, n=n)
 
     with stepped(bounded, monkeypatch) as loop:
         streams = [bounded.submit(request()) for _ in range(2)]
@@ -189,10 +194,10 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_try_again(bounded, rng, m
 
 
 def test_offline_requests_wait_for_the_queue_rather_than_fail(bounded, rng):
-    requests = [greedy(random_prompt(rng, 5), max_tokens=4) for _ in range(30)]
+    requests = [endless(random_prompt(rng, 5), max_tokens=4) for _ in range(30)]
     assert [len(ids) for ids in tokens(bounded.generate(requests))] == [4] * 30
     for n in (4, 5):
-        request = greedy(random_prompt(rng, 5), max_tokens=4, n=n)
+        request = endless(random_prompt(rng, 5), max_tokens=4, n=n)
         if n == 4:
             assert len(bounded.generate([request])) == 4
         else:
@@ -202,8 +207,8 @@ def test_offline_requests_wait_for_the_queue_rather_than_fail(bounded, rng):
 
 def test_a_reader_that_falls_too_far_behind_ends_its_own_request_alone(bounded, rng):
     prompt = random_prompt(rng, 9)
-    idle = bounded.submit(greedy(prompt, max_tokens=60, ignore_eos=True))
-    busy = bounded.submit(greedy(prompt, max_tokens=10, ignore_eos=True))
+    idle = bounded.submit(endless(prompt, max_tokens=60))
+    busy = bounded.submit(endless(prompt, max_tokens=10))
     assert len(read(busy)[0]) == 10
     assert_quiet(bounded)
     ids, finish = read(idle)
@@ -214,7 +219,7 @@ def test_a_reader_that_falls_too_far_behind_ends_its_own_request_alone(bounded, 
 
 
 def test_a_request_id_names_one_open_request(engine, rng, monkeypatch):
-    request = greedy(random_prompt(rng, 9), max_tokens=3, request_id="mine")
+    request = endless(random_prompt(rng, 9), max_tokens=3, request_id="mine")
     with stepped(engine, monkeypatch):
         stream = engine.submit(request)
         assert stream.request_id == "mine"
@@ -230,7 +235,7 @@ def test_a_request_id_names_one_open_request(engine, rng, monkeypatch):
 def test_leases_are_bounded_and_a_prefill_that_fails_gives_its_place_back(
     bounded, rng, monkeypatch
 ):
-    request = greedy(random_prompt(rng, 20), max_tokens=5, request_id="first")
+    request = endless(random_prompt(rng, 20), max_tokens=5, request_id="first")
     with stepped(bounded, monkeypatch) as loop:
         aborted = bounded.prefill(request, 1.0)
         late = bounded.prefill(replace(request, request_id="", timeout_s=0.01), 1.0)
@@ -257,28 +262,28 @@ def test_leases_are_bounded_and_a_prefill_that_fails_gives_its_place_back(
 
 @pytest.mark.parametrize("lease_s", [0.0, -1.0, 5.1, float("nan"), float("inf")])
 def test_a_lease_is_within_what_the_operator_allows(bounded, lease_s):
-    error = refusal(bounded.prefill, greedy([1, 2], max_tokens=2), lease_s)
+    error = refusal(bounded.prefill, endless([1, 2], max_tokens=2), lease_s)
     assert (error.code, error.field) == (ErrorCode.INVALID_ARGUMENT, "lease_s")
     error = refusal(bounded.extend_lease, "0" * 32, bounded.epoch, "", lease_s)
     assert (error.code, error.field) == (ErrorCode.INVALID_ARGUMENT, "lease_s")
 
 
 def test_a_prefill_of_several_completions_is_refused(engine):
-    error = refusal(engine.prefill, greedy([1, 2], max_tokens=2, n=2), 1.0)
+    error = refusal(engine.prefill, endless([1, 2], max_tokens=2, n=2), 1.0)
     assert error.field == "sampling.n"
 
 
 def test_draining_refuses_what_is_new_and_waits_for_what_is_open(engines, rng):
     prompt = random_prompt(rng, 9)
     with engines.fresh() as engine:
-        [whole] = tokens(engine.generate([greedy(prompt, max_tokens=200)]))
-        first = engine.prefill(greedy(prompt, max_tokens=9), 5.0)
+        [whole] = tokens(engine.generate([endless(prompt, max_tokens=200)]))
+        first = engine.prefill(endless(prompt, max_tokens=9), 5.0)
         list(first)
-        stream = engine.submit(greedy(prompt, max_tokens=200))
+        stream = engine.submit(endless(prompt, max_tokens=200))
         assert not engine.drain(0.0)
         for call in (
-            lambda: engine.submit(greedy(prompt, max_tokens=2)),
-            lambda: engine.prefill(greedy(prompt, max_tokens=2), 1.0),
+            lambda: engine.submit(endless(prompt, max_tokens=2)),
+            lambda: engine.prefill(endless(prompt, max_tokens=2), 1.0),
             lambda: engine.decode(first.handle.handle_id, engine.epoch, "", None),
         ):
             error = refusal(call)
@@ -292,7 +297,7 @@ def test_draining_refuses_what_is_new_and_waits_for_what_is_open(engines, rng):
 def test_closing_ends_what_is_open_and_every_later_call_says_so(engines, rng):
     prompt = random_prompt(rng, 9)
     with engines.fresh() as engine:
-        streams = [engine.submit(greedy(prompt, max_tokens=240)) for _ in range(20)]
+        streams = [engine.submit(endless(prompt, max_tokens=240)) for _ in range(20)]
         thread = threading.Thread(target=engine.close)
         thread.start()
         finishes = [read(stream)[1] for stream in streams]
@@ -300,7 +305,7 @@ def test_closing_ends_what_is_open_and_every_later_call_says_so(engines, rng):
         assert {finish.error.code for finish in finishes if finish.error} == {ErrorCode.UNAVAILABLE}
         assert any(finish.error for finish in finishes)
         assert not engine.metrics.is_alive
-        assert refusal(engine.submit, greedy(prompt)).code is ErrorCode.UNAVAILABLE
+        assert refusal(engine.submit, endless(prompt)).code is ErrorCode.UNAVAILABLE
         assert not engine.abort(streams[0].request_id)
         assert engine.drain(0.0)
         assert engine.audit().problems == ()
