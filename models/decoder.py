@@ -12,7 +12,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallasite.models.config import ModelConfig
-from pallasite.models.layers import embed, linear, rms_norm
+from pallasite.models.layers import embed, fine_linear, rms_norm
 from pallasite.models.weights import Weight
 from pallasite.pallas_kernels.paged_attention import AttentionConfig, Ragged, paged_attention
 
@@ -88,4 +88,4 @@ def unembed(model: Decoder, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """Returns the logits of normed hidden states."""
     with jax.named_scope("unembed"):
         head = model.embedding if model.head is None else model.head
-        return linear(hidden, head[...])
+        return fine_linear(hidden, head[...])

@@ -27,6 +27,20 @@ def linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
     )
 
 
+def fine_linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
+    """Multiplies as `linear` does, but keeps 16 bits of x's mantissa beside a bfloat16 weight.
+
+    What rounding takes from x is multiplied too, as T more rows of the same product. That costs
+    little where the weight is narrow, or where reading it takes longer than multiplying; see
+    docs/quality.md for what it buys.
+    """
+    if weight.dtype == jnp.float32:
+        return linear(x, weight)
+    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+    product = linear(jnp.concatenate((rounded, x - rounded)), weight)
+    return product[: x.shape[0]] + product[x.shape[0] :]
+
+
 def embed(token_ids: Int[Array, "T"], embedding: jax.Array) -> Float[Array, "T D"]:
     """Looks up rows of a held embedding `[V, D]`."""
     return decode(embedding[token_ids]).astype(jnp.float32)

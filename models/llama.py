@@ -5,7 +5,7 @@ from jaxtyping import Array, Float, Int
 
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Attend, Decoder, DecoderLayers
-from pallasite.models.layers import linear, rms_norm, rope, rope_frequencies
+from pallasite.models.layers import fine_linear, linear, rms_norm, rope, rope_frequencies
 from pallasite.models.weights import Declare
 
 
@@ -44,8 +44,8 @@ class LlamaLayers(DecoderLayers):
             h = rms_norm(x, self.attention_norm[...], config.norm_epsilon)
             heads = (x.shape[0], -1, config.head_width)
             q = linear(h, self.q[...]).reshape(heads)
-            k = linear(h, self.k[...]).reshape(heads)
-            v = linear(h, self.v[...]).reshape(heads)
+            k = fine_linear(h, self.k[...]).reshape(heads)
+            v = fine_linear(h, self.v[...]).reshape(heads)
             frequencies = rope_frequencies(config)
             q, k = rope(q, positions, frequencies), rope(k, positions, frequencies)
             mixed, cache = attend(q, k, v, cache)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallasite.models.config import RopeScaling
-from pallasite.models.layers import embed, linear, rms_norm, rope, rope_frequencies
+from pallasite.models.layers import embed, fine_linear, linear, rms_norm, rope, rope_frequencies
 from tests.tiny_checkpoints import TINY, llama3_divisors
 
 EPS = np.finfo(np.float32).eps
@@ -58,6 +58,25 @@ def test_linear_rounds_its_input_to_nearest_even():
     x = jnp.asarray([[1 + 2**-8], [1 + 3 * 2**-8], [1 + 2**-8 + 2**-16]], jnp.float32)
     y = np.asarray(linear(x, held([[1.0]], "bits")))
     np.testing.assert_array_equal(y[:, 0], [1.0, 1 + 2**-6, 1 + 2**-7])
+
+
+@pytest.mark.parametrize("form", ["bf16", "bits"])
+def test_a_fine_product_keeps_16_bits_of_its_input(rng, form):
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    w = bfloat16(rng.standard_normal((8, 64)))
+    expected = x.astype(np.float64) @ w.astype(np.float64).T
+    magnitude = np.abs(x).astype(np.float64) @ np.abs(w).astype(np.float64).T
+    plain = np.asarray(linear(jnp.asarray(x), held(w, form)))
+    fine = np.asarray(fine_linear(jnp.asarray(x), held(w, form)))
+    # What two roundings to 8 bits leave is at most 2**-17 of each term.
+    assert (np.abs(fine - expected) <= magnitude * 2.0**-16).all()
+    assert np.abs(plain - expected).max() > 50 * np.abs(fine - expected).max()
+
+
+def test_a_fine_product_with_an_f32_weight_is_the_plain_one(rng):
+    x, w = rng.standard_normal((2, 6, 32)).astype(np.float32)
+    fine, plain = (f(jnp.asarray(x), held(w, "f32")) for f in (fine_linear, linear))
+    np.testing.assert_array_equal(np.asarray(fine), np.asarray(plain))
 
 
 @pytest.mark.parametrize("form", ["f32", "bf16", "bits"])
