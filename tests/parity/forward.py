@@ -25,11 +25,12 @@ MAX_LEN = 256
 
 
 class Forward:
-    """A loaded model and an empty cache, for one text at a time."""
+    """A loaded model, its cache and two programs: a decode step, and `size` tokens of prefill."""
 
-    def __init__(self, path: Path, form: WeightForm) -> None:
+    def __init__(self, path: Path, form: WeightForm, size: int) -> None:
+        self._size = size
         checkpoint = open_checkpoint(path)
-        mesh = make_mesh(jax.devices()[:1])
+        mesh = make_mesh(jax.devices("cpu")[:1])
         self.config = checkpoint.config
         self._model = load_weights(
             placed(make_model(self.config, form, CPU), mesh), checkpoint, mesh
@@ -47,16 +48,13 @@ class Forward:
         self._page_table = jnp.asarray(pages.reshape(NUM_ROWS, num_columns))
 
     def logits(self, token_ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
-        """Returns f32 [T, V], the text being fed in chunks of these sizes.
-
-        A chunk of one token is a decode step. The others share a program of the largest's size.
-        """
+        """Returns f32 [T, V], the text being fed in chunks; one of a single token is a decode."""
         assert sum(chunks) == len(token_ids) <= MAX_LEN
-        size = max(NUM_ROWS + 1, *chunks)
+        assert max(chunks) <= self._size
         parts = []
         start = 0
         for count in chunks:
-            T = NUM_ROWS if count == 1 else size
+            T = NUM_ROWS if count == 1 else self._size
             ids, positions = np.zeros((2, T), np.int32)
             ids[:count] = token_ids[start : start + count]
             positions[:count] = np.arange(start, start + count)
@@ -82,16 +80,3 @@ def _run(
 
 
 _step = jax.jit(_run, donate_argnums=1)
-
-
-def log_softmax(logits: np.ndarray) -> np.ndarray:
-    """Returns f64 log-probabilities over the last axis."""
-    x = logits.astype(np.float64)
-    x -= x.max(axis=-1, keepdims=True)
-    return x - np.log(np.exp(x).sum(axis=-1, keepdims=True))
-
-
-def token_logprobs(logits: np.ndarray, token_ids: np.ndarray) -> np.ndarray:
-    """Returns f64 [T - 1]: the log-probability of each token but the first, given those before."""
-    rows = np.arange(len(token_ids) - 1)
-    return log_softmax(logits)[rows, token_ids[1:]]
