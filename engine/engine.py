@@ -4,6 +4,7 @@ The loop plans a step from counts, launches it, and only then reads what the ste
 so that the device never waits for the host.
 """
 
+import atexit
 import logging
 import threading
 import time
@@ -35,7 +36,7 @@ from pallasite.engine.programs import EDIT_TOKENS
 from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
 from pallasite.engine.sampler_state import slot_edits
-from pallasite.engine.scheduler import Plan, Scheduler
+from pallasite.engine.scheduler import Plan, Scheduler, make_plan
 from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, validate
@@ -87,10 +88,12 @@ class Engine:
             num_cached_tokens=self._pool.num_pages * runtime.page_size,
             limits=config.limits,
         )
-        self._intake = Intake(config.max_waiting, self._scheduler.add)
+        self._intake = Intake(config.max_waiting, self._take_in)
         self._previous: _Launched | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
+        # The interpreter must not end while the loop is inside XLA: that aborts the process.
+        atexit.register(self.close)
 
     @classmethod
     def load(
@@ -209,6 +212,7 @@ class Engine:
         self._intake.close()
         self._thread.join()
         self._runtime.programs.close()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> "Engine":
         return self
@@ -248,6 +252,7 @@ class Engine:
             self._committer.fail(sequence, late_error())
         self._collect_leases(now)
         plan = self._scheduler.schedule(now)
+        plan = None if plan is None else self._prepare(plan)
         previous, self._previous = self._previous, None if plan is None else self._launch(plan)
         if previous is not None:
             self._commit(previous)
@@ -256,13 +261,25 @@ class Engine:
         if plan is None and previous is None:
             self._intake.wait(IDLE_S)
 
-    def _launch(self, plan: Plan) -> _Launched:
+    def _take_in(self, sequence: Sequence) -> None:
+        if sequence.index == 0 and sequence.num_sampled == 0:  # not one that a lease held
+            self.metrics.num_requests += 1
+            self.metrics.prompt_tokens += sequence.num_prompt
+        self._scheduler.add(sequence)
+
+    def _prepare(self, plan: Plan) -> Plan | None:
+        """Fills the slots that were just given; returns the plan of those that could be filled."""
         for sequence in plan.admitted:
             try:
                 self._admit(sequence)
             except Exception as error:  # one request's fault must not end the others
                 logger.exception("a request could not be prepared; it alone ends")
                 self._committer.fail(sequence, internal_error(error))
+        # One that ended has lost its pages, so its row would write to those of another.
+        rows = [row for row in plan.rows if row.sequence.state is State.RUNNING]
+        return make_plan(rows, plan.admitted)
+
+    def _launch(self, plan: Plan) -> _Launched:
         bucket = self._runtime.bucket_for(plan)
         words = self._builder.build(plan, bucket, self.model_config.eos_token_ids)
         results, scores = self._runtime.run(bucket, words)
@@ -320,11 +337,15 @@ class Engine:
     def _recover(self, error: Exception) -> None:
         """After a failed step: what ran ends with UNAVAILABLE, the cache is made anew."""
         self._previous = None
+        # The leases first, so that no decode of one can be asked for after those that are taken in
+        # here, which compute their prompts again.
+        revoked = self._leases.revoke_all("was lost with a failed step")
+        self._intake.run_commands()
         for sequence in list(self._scheduler.sequences()):
             if sequence.state is State.RUNNING or sequence.num_in_flight:
                 self._committer.fail(sequence, step_error(error))
         self._scheduler.forget_pages()
-        for sequence in self._leases.revoke_all("was lost with a failed step"):
+        for sequence in revoked:
             self._scheduler.retire(sequence)
         self._runtime.reset()
         self._deliver()
@@ -336,10 +357,7 @@ class Engine:
         return audit(self._pool, self._intake.own(owners), self._leases.num_pages())
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
-        stream = self._intake.submit(request, self._scheduler.num_waiting, lease_s)
-        self.metrics.num_requests += 1
-        self.metrics.prompt_tokens += len(request.prompt_ids)
-        return stream
+        return self._intake.submit(request, self._scheduler.num_waiting, lease_s)
 
     def _check_lease(self, lease_s: float) -> None:
         if not 0 < lease_s <= self.config.max_lease_s:

@@ -48,6 +48,15 @@ class Plan:
         return sum(row.num_tokens for row in self.rows)
 
 
+def make_plan(rows: list[Row], admitted: list[Sequence]) -> Plan | None:
+    """Orders the rows of a step; None where there are none."""
+    if not rows:
+        return None
+    num_decode = sum(row.num_tokens == 1 for row in rows)
+    ordered = sorted(rows, key=lambda row: row.num_tokens > 1)
+    return Plan(rows=ordered, admitted=admitted, num_decode=num_decode)
+
+
 class Scheduler:
     """Continuous batching with chunked prefill under a token budget, over one pool of pages."""
 
@@ -126,11 +135,7 @@ class Scheduler:
             budget -= count if remaining > 1 else 0
             rows.append(self._row(sequence, count))
         admitted = self._admit(rows, budget, now)
-        if not rows:
-            return None
-        rows.sort(key=lambda row: row.num_tokens > 1)
-        num_decode = sum(row.num_tokens == 1 for row in rows)
-        return Plan(rows=rows, admitted=admitted, num_decode=num_decode)
+        return make_plan(rows, admitted)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         start = sequence.num_computed
