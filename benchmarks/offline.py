@@ -109,8 +109,9 @@ def _show(result: dict[str, Any]) -> None:
         ("throughput", "output tokens/s by requests at once"),
         ("prefill", "prompt tokens/s by prompt length"),
     ):
-        figures = result[name]
-        rows = [[size, value["median"], *value["runs"]] for size, value in figures.items()]
+        rows = [[size, value["median"], *value["runs"]] for size, value in result[name].items()]
+        if not rows:
+            continue
         runs = [f"run {number}" for number in range(1, len(rows[0]) - 1)]
         print(report.table(f"\n{title}", ["", "median", *runs], rows))
     print(f"\ncompiled since the start: {result['compilations']}, misses: {result['misses']}")

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -126,10 +127,16 @@ def say(message: str) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Runs a benchmark; 2 where a flag, a file or the model cannot work, with the reason."""
+    """Runs a benchmark; 2 where a flag, a file or the model cannot work, with the reason.
+
+    SIGTERM ends it as SIGINT does, so that it takes the processes it started with it.
+    """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         main()
     except ConfigError as error:
         say(f"benchmarks: {error}")
         return 2
+    except KeyboardInterrupt:
+        return 130
     return 0

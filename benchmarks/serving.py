@@ -31,7 +31,7 @@ from benchmarks.options import (
     say,
     vocab_size,
 )
-from benchmarks.processes import EngineProcess, ServerProcess
+from benchmarks.processes import EngineProcess, ServerProcess, cpu_seconds_of
 from pallasite.engine.request import Request
 from pallasite.models.errors import ConfigError
 from pallasite.proto import inference_pb2 as pb
@@ -64,15 +64,19 @@ def main() -> None:
         ServerProcess(args.model, config) as server,
     ):
         served, alone = [], []
+        cpu_s: dict[str, list[float]] = {"served": [], "offline": []}
         load = Load(concurrency=args.concurrency, arrivals_s=workload.arrivals_s())
         say("warming up both")
         few = replace(workload, num_prompts=min(args.concurrency, workload.num_prompts))
         asyncio.run(load.send(server.address, requests[: few.num_prompts]))
         offline.generate(few)
         for number in range(1, args.rounds + 1):
+            before_s = cpu_seconds_of(server.pid), cpu_seconds_of(offline.pid)
             records, duration_s = asyncio.run(load.send(server.address, requests))
             served.append(report.serving_result(records, duration_s, goodput))
             alone.append(offline.generate(workload).output_throughput)
+            cpu_s["served"].append(cpu_seconds_of(server.pid) - before_s[0])
+            cpu_s["offline"].append(cpu_seconds_of(offline.pid) - before_s[1])
             say(
                 f"round {number} of {args.rounds}:"
                 f" served {served[-1]['output_throughput']:.1f} tokens/s,"
@@ -84,6 +88,8 @@ def main() -> None:
         "num_prompts": workload.num_prompts,
         "request_rate": workload.request_rate if math.isfinite(workload.request_rate) else "inf",
         "max_concurrency": args.concurrency,
+        "served_cpu_s": report.spread(cpu_s["served"]),
+        "offline_cpu_s": report.spread(cpu_s["offline"]),
     }
     _show(result)
     if args.output is not None:
@@ -176,18 +182,16 @@ def _show(result: dict[str, Any]) -> None:
     print(report.table(title, headers, report.latency_rows(result)))
     names = ("request_throughput", "request_goodput", "output_throughput", "total_token_throughput")
     print(report.table("\na second", ["", "value"], [[name, result[name]] for name in names]))
-    rows = [
-        [name, result[f"{name}_output_throughput"]["median"], *_runs(result, name)]
-        for name in ("served", "offline")
-    ]
-    runs = [f"run {number}" for number in range(1, 1 + len(_runs(result, "served")))]
-    print(report.table("\noutput tokens/s, measured in turns", ["", "median", *runs], rows))
+    runs = [f"run {number}" for number in range(1, 1 + len(result["offline_cpu_s"]["runs"]))]
+    for what, title in (
+        ("output_throughput", "output tokens/s, in turns"),
+        ("cpu_s", "CPU seconds of the process in each"),
+    ):
+        figures = {name: result[f"{name}_{what}"] for name in ("served", "offline")}
+        rows = [[name, each["median"], *each["runs"]] for name, each in figures.items()]
+        print(report.table(f"\n{title}", ["", "median", *runs], rows))
     ratio = result["served_to_offline"]
     print(f"\nserved / offline: {ratio:.3f} (goal: >= {GOAL:.2f})")
-
-
-def _runs(result: dict[str, Any], name: str) -> list[float]:
-    return result[f"{name}_output_throughput"]["runs"]
 
 
 def _arguments() -> argparse.Namespace:

@@ -145,10 +145,14 @@ def time_buckets(
         if bucket.has_prefill:
             runs = [_requests(runtime, 1, bucket.num_tokens, 1) for _ in range(num_steps + 1)]
         else:
-            runs = [_requests(runtime, bucket.num_rows, prompt_len, num_steps + 2)]
+            # The first requests decode while the last ones' prompts are still computed.
+            budget = config.max_batch_tokens - bucket.num_rows
+            num_prefills = -(-bucket.num_rows * prompt_len // budget)
+            runs = [_requests(runtime, bucket.num_rows, prompt_len, num_prefills + num_steps + 3)]
         times = [step for requests in runs for step in driver.run(requests)]
         full = [step for step in times if step.bucket == bucket]
         steps[bucket] = [step for step in full if step.num_tokens == bucket.num_tokens][1:]
+        assert len(steps[bucket]) >= num_steps, f"{len(steps[bucket])} steps of {bucket}"
     return steps
 
 

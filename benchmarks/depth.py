@@ -1,0 +1,153 @@
+"""How compiling grows with depth: models of the same widths and of 2 and 30 layers.
+
+Every program that a server compiles is compiled here, as it does it, but from shapes alone: no
+weights are loaded meanwhile, and no checkpoint of either depth is needed.
+"""
+
+import argparse
+import multiprocessing
+import sys
+import time
+from dataclasses import replace
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import jax
+
+# So that the file can be run by its path, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import report
+from benchmarks.options import benchmark_parser, engine_config, run, say
+from pallasite.engine.batch_builder import max_bans
+from pallasite.engine.config import EngineConfig
+from pallasite.engine.layout import Layout
+from pallasite.engine.planner import choose_num_pages, default_cpu_pages
+from pallasite.engine.programs import Programs, ProgramSpec, bucket_ladder
+from pallasite.engine.sampler_state import init_state
+from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.config import ModelConfig
+from pallasite.models.errors import ConfigError
+from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.pull import locate
+from pallasite.models.registry import make_model
+from pallasite.models.sharding import make_mesh, replicated
+from pallasite.models.weights import compute_dtype, placed
+from pallasite.pallas_kernels.target import TARGETS
+from pallasite.server.flags import WHOLE
+
+GOAL = 1.5
+DEPTHS = (2, 30)
+
+
+def main() -> None:
+    """Measures and prints. Raises ConfigError where it cannot."""
+    args = _arguments()
+    if args.rounds < 1:
+        raise ConfigError(f"got --rounds {args.rounds}; it must be at least 1; raise it")
+    # A compile cache would be asked for what is to be timed.
+    config = replace(engine_config(args), compile_cache=None)
+    widths = open_checkpoint(locate(args.model)).config
+    runs: dict[int, list[dict[str, float]]] = {layers: [] for layers in DEPTHS}
+    for number in range(args.rounds):
+        for layers in DEPTHS:
+            say(f"round {number + 1} of {args.rounds}: compiling {layers} layers")
+            runs[layers].append(_compile(replace(widths, num_layers=layers), config))
+    by_layers = {
+        str(layers): {name: report.spread([each[name] for each in times]) for name in times[0]}
+        for layers, times in runs.items()
+    }
+    few, many = (by_layers[str(layers)] for layers in DEPTHS)
+    result = {
+        "model_id": args.model,
+        "weights": config.weights,
+        "by_layers": by_layers,
+        "ratio": {name: many[name]["median"] / few[name]["median"] for name in few},
+    }
+    _show(result)
+    if args.output is not None:
+        report.write_json(args.output, result)
+
+
+def program_spec(model: ModelConfig, config: EngineConfig) -> ProgramSpec:
+    """Returns what a server of this model would compile, on this machine's first device."""
+    device = jax.devices()[0]
+    target, mesh = TARGETS[device.platform], make_mesh([device])
+    context_len = config.max_context_len or model.context_len
+    num_pages = choose_num_pages(config, target.page_size)
+    if num_pages is None:
+        num_pages = default_cpu_pages(config, target.page_size, context_len)
+    cache = CacheSpec(
+        model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages
+    )
+    buckets = bucket_ladder(config.max_requests, config.max_batch_tokens, target.pads_rows_to)
+    num_bans = max_bans(config.limits, len(model.eos_token_ids))
+    pages_per_request = -(-context_len // target.page_size)
+    everywhere = replicated(mesh)
+    state = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        jax.eval_shape(lambda: init_state(config.max_requests, model.vocab_size)),
+    )
+    return ProgramSpec(
+        model=placed(make_model(model, config.weights, target), mesh),
+        cache=cache.abstract(mesh),
+        state=state,
+        layouts={
+            bucket: Layout(bucket=bucket, pages_per_request=pages_per_request, num_bans=num_bans)
+            for bucket in buckets
+        },
+        mesh=mesh,
+    )
+
+
+def _compile(model: ModelConfig, config: EngineConfig) -> dict[str, float]:
+    """Compiles in a process of its own, which has compiled nothing before."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_run_compile, args=(theirs, model, config))
+    process.start()
+    theirs.close()
+    try:
+        answer = ours.recv()
+    except EOFError:
+        raise ConfigError(
+            "got no answer from the process that compiles, which has ended; what it said stands"
+            " above; mend that and try again"
+        ) from None
+    finally:
+        process.join()
+    assert isinstance(answer, dict)
+    return answer
+
+
+def _run_compile(connection: Connection, model: ModelConfig, config: EngineConfig) -> None:
+    programs = Programs(program_spec(model, config))
+    start_s, cpu_start_s = time.perf_counter(), time.process_time()
+    programs.compile(say)
+    clock_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s
+    connection.send({"clock_s": clock_s, "cpu_s": cpu_s})
+
+
+def _show(result: dict[str, Any]) -> None:
+    names = {"clock_s": "by the clock", "cpu_s": "CPU time"}
+    rows = [
+        [f"{layers} layers", *(times[name]["median"] for name in names)]
+        for layers, times in result["by_layers"].items()
+    ]
+    rows.append(["ratio", *(result["ratio"][name] for name in names)])
+    title = "compiling every program without a cache, s (median)"
+    print(report.table(title, ["", *names.values()], rows))
+    print(f"\n{DEPTHS[1]} / {DEPTHS[0]}: {result['ratio']['clock_s']:.2f} (goal: <= {GOAL:g})")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = benchmark_parser("Compile time by depth.")
+    parser.add_argument(
+        "--rounds", type=WHOLE, default=3, metavar="N", help="runs of each (default: 3)"
+    )
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

@@ -1,0 +1,69 @@
+"""The benchmarks as they are run, on a tiny model: they end, and their figures add up."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.tiny_checkpoints import TINY, random_tensors, write_hf
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+SMALL = ("--max-requests", "2", "--max-batch-tokens", "32", "--max-context-len", "160")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return write_hf(tmp_path_factory.mktemp("model"), TINY, random_tensors(TINY))
+
+
+def run_benchmark(name, model, output, *flags, cache):
+    command = [sys.executable, ROOT / "benchmarks" / f"{name}.py", model, *SMALL, *flags]
+    command += ["--compile-cache", cache, "--output", output]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(output.read_text()), done.stdout
+
+
+def test_serving_beside_offline(model, tmp_path, compile_cache):
+    flags = ("--num-prompts", "3", "--input-len", "20", "--output-len", "8", "--rounds", "2")
+    flags += ("--concurrency", "2", "--goodput", "ttft:1e9", "e2el:1e9")
+    result, text = run_benchmark(
+        "serving", model, tmp_path / "out.json", *flags, cache=compile_cache
+    )
+    assert result["completed"] == 3
+    assert result["failed"] == 0
+    assert result["total_input_tokens"] == 60
+    assert result["total_output_tokens"] == 24
+    assert result["output_throughput"] == pytest.approx(24 / result["duration"])
+    assert result["request_goodput"] == pytest.approx(3 / result["duration"])
+    assert result["max_concurrent_requests"] == 2
+    assert 0 < result["p50_ttft_ms"] <= result["p99_ttft_ms"] < result["p99_e2el_ms"]
+    served, offline = (result[f"{x}_output_throughput"] for x in ("served", "offline"))
+    assert len(served["runs"]) == len(offline["runs"]) == 2
+    ratio = np.median(served["runs"]) / np.median(offline["runs"])
+    assert result["served_to_offline"] == pytest.approx(ratio)
+    assert f"served / offline: {ratio:.3f}" in text
+
+
+def test_offline_times_every_program(model, tmp_path, compile_cache):
+    flags = ("--input-len", "20", "--output-len", "4", "--rounds", "1")
+    result, _ = run_benchmark("offline", model, tmp_path / "out.json", *flags, cache=compile_cache)
+    assert set(result["steps"]) == {"decode of 2 tokens", "mixed of 32 tokens"}
+    for step in result["steps"].values():
+        assert step["num_steps"] >= 20
+        assert step["device_ms"] >= step["wait_ms"] > 0
+        assert 0 < step["host_ms"] < 1000
+    assert [*result["throughput"]] == ["1", "8", "32"]
+    assert [*result["prefill"]] == ["128"]
+    assert (result["compilations"], result["misses"]) == (0, 0)
+
+
+def test_a_bad_flag_ends_with_2_and_three_parts():
+    command = [sys.executable, ROOT / "benchmarks" / "serving.py", "--goodput", "speed:3"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("benchmarks: got --goodput 'speed:3'; allowed is ")
+    assert done.stdout == ""

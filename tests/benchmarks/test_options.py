@@ -1,0 +1,67 @@
+"""The load that is sent, and the flags that a server gets."""
+
+import math
+
+import numpy as np
+import pytest
+
+from benchmarks.options import Workload, serve_flags
+from pallasite.engine.config import EngineConfig
+from pallasite.models.errors import ConfigError
+from pallasite.server.arguments import engine_config, parse
+
+
+def test_requests_are_as_long_as_asked_and_the_same_again():
+    workload = Workload(num_prompts=5, input_len=7, output_len=9, seed=3)
+    requests = workload.requests(100)
+    assert [len(request.prompt_ids) for request in requests] == [7] * 5
+    assert {token_id for request in requests for token_id in request.prompt_ids} <= set(range(100))
+    assert all(request.params.max_tokens == 9 for request in requests)
+    assert all(request.params.ignore_eos for request in requests)
+    again = workload.requests(100)
+    assert [r.prompt_ids for r in requests] == [r.prompt_ids for r in again]
+    other = Workload(num_prompts=5, input_len=7, seed=4).requests(100)
+    assert [r.prompt_ids for r in requests] != [r.prompt_ids for r in other]
+
+
+def test_all_arrive_at_once_unless_a_rate_is_given():
+    np.testing.assert_array_equal(Workload(num_prompts=3).arrivals_s(), [0, 0, 0])
+
+
+def test_arrivals_keep_their_rate():
+    arrivals_s = Workload(num_prompts=4000, request_rate=50.0).arrivals_s()
+    gaps_s = np.diff(arrivals_s)
+    assert (gaps_s >= 0).all()
+    # Exponential gaps: mean and deviation are both 1 / rate; 4,000 of them know both within 1.6%.
+    assert np.mean(gaps_s) == pytest.approx(1 / 50, rel=0.08)
+    assert np.std(gaps_s) == pytest.approx(1 / 50, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"num_prompts": 0},
+        {"input_len": 0},
+        {"output_len": -1},
+        {"request_rate": 0.0},
+        {"request_rate": math.nan},
+        {"seed": -1},
+    ],
+)
+def test_a_load_that_cannot_be_is_refused(fault):
+    with pytest.raises(ConfigError, match=rf"got {next(iter(fault))}=.*; it must be .*; "):
+        Workload(**fault)
+
+
+@pytest.mark.parametrize("has_cache", [True, False])
+def test_a_server_gets_the_whole_engine_config(tmp_path, has_cache):
+    config = EngineConfig(
+        weights="f32",
+        max_requests=4,
+        max_context_len=256,
+        max_batch_tokens=64,
+        cache_tokens=1024,
+        compile_cache=tmp_path if has_cache else None,
+    )
+    args = parse(["serve", "some-model", *serve_flags(config)])
+    assert engine_config(args) == config
