@@ -34,7 +34,9 @@ types: .venv/test.stamp .venv/lint.stamp
 
 bench: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
-	$(BIN)/python benchmarks/serving.py
+	mkdir -p build/bench
+	for b in serving offline startup memory depth; do \
+		$(BIN)/python -m benchmarks.$$b --output build/bench/$$b.json || exit; done
 
 parity: .venv/parity.stamp
 	$(BIN)/pallasite pull smollm2-135m

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from benchmarks.report import (
     summary,
     table,
     write_json,
+    write_plot,
 )
 from pallasite.models.errors import ConfigError
 
@@ -209,6 +211,41 @@ def test_shares_reach_one_at_the_largest():
     x, share = cumulative([3.0, 1.0, 2.0, 4.0])
     np.testing.assert_array_equal(x, [1, 2, 3, 4])
     np.testing.assert_array_equal(share, [0.25, 0.5, 0.75, 1.0])
+
+
+def test_a_picture_draws_each_series_shares(monkeypatch, tmp_path):
+    drawn, saved = {}, []
+
+    class Axes:
+        def step(self, x, share, where, label):
+            assert where == "post"
+            drawn[label] = (list(x), list(share))
+
+        def set(self, **names):
+            assert (names["title"], names["xlabel"]) == ("a title", "ms")
+
+        def grid(self, alpha):
+            pass
+
+        def legend(self):
+            pass
+
+    class Figure:
+        def __init__(self, **options):
+            pass
+
+        def subplots(self):
+            return Axes()
+
+        def savefig(self, path, **options):
+            saved.append((path, options["format"]))
+
+    # The real one is not among the tests' dependencies.
+    monkeypatch.setitem(sys.modules, "matplotlib", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", SimpleNamespace(Figure=Figure))
+    write_plot(tmp_path / "x.png", "a title", {"TTFT": [2.0, 1.0], "ITL": [3.0]}, "ms")
+    assert drawn == {"TTFT": ([1.0, 2.0], [0.5, 1.0]), "ITL": ([3.0], [1.0])}
+    assert saved == [(tmp_path / "x.png", "png")]
 
 
 def test_a_picture_without_matplotlib_is_refused_in_three_parts(monkeypatch):
