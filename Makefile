@@ -38,9 +38,10 @@ bench: .venv/test.stamp
 	for b in serving offline startup memory depth; do \
 		$(BIN)/python -m benchmarks.$$b --output build/bench/$$b.json || exit; done
 
-parity: .venv/parity.stamp
+# torch has an environment of its own, so that nothing else here ever runs beside it.
+parity: .venv/test.stamp build/parity/made.stamp
 	$(BIN)/pallasite pull smollm2-135m
-	$(BIN)/python -m tests.parity.make_goldens smollm2-135m build/parity
+	build/parity/venv/bin/python -m tests.parity.make_goldens smollm2-135m build/parity
 	$(BIN)/python -m tests.parity.compare build/parity
 
 reliability: .venv/test.stamp
@@ -79,6 +80,8 @@ clean:
 	$(PIP) -e '.[lint]'
 	@touch $@
 
-.venv/parity.stamp: .venv/test.stamp
-	$(PIP) -e '.[test,parity]'
+build/parity/made.stamp: .venv/made.stamp pyproject.toml
+	mkdir -p build/parity
+	$(BIN)/python -m venv build/parity/venv
+	build/parity/venv/bin/python -m pip install --disable-pip-version-check -e '.[parity]'
 	@touch $@

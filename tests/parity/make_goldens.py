@@ -1,6 +1,6 @@
 """Makes the goldens: logits of transformers' Llama on torch, in f32, by code that is not ours.
 
-    python tests/parity/make_goldens.py MODEL OUTPUT
+    python -m tests.parity.make_goldens MODEL OUTPUT
 
 MODEL is a pulled SmolLM2-135M-Instruct; the gguf package reads it and dequantizes its weights.
 Small goldens go to goldens/, the whole logits of every text to the folder OUTPUT, where compare.py
@@ -77,6 +77,8 @@ def make_smollm2(path: Path, output: Path) -> None:
         scored = logprobs[rows, token_ids[1:]]
         golden[f"{name}.logprobs"] = scored.astype(np.float32)
         golden[f"{name}.top"] = logits[:-1].argmax(axis=-1).astype(np.int32)
+        second, first = np.sort(logits[:-1], axis=-1)[:, -2:].T
+        golden[f"{name}.lead"] = first - second
         num_positions += len(rows)
         if name in SHORT:
             short = logits[:SHORT_LEN]

@@ -116,17 +116,28 @@ def test_smollm2_f32(real_model_path):
 
 
 def test_smollm2_bf16(real_model_path):
+    """Held to a little more than the limits, which `make parity` checks as they are.
+
+    The order of f32 sums differs between processors and moves these figures: over eight orders the
+    mean lay between 0.0115 and 0.0124, and 5 to 11 positions had another likeliest token.
+    """
     model, expected = Forward(real_model_path, "bf16", CHUNK), golden("smollm2")
-    ours, theirs = [], []
+    ours, theirs, leads = [], [], []
     for name in TEXTS:
         token_ids = expected[f"{name}.token_ids"]
         logits = model.logits(token_ids, chunks_of(len(token_ids), CHUNK))
         ours.append(Scores.of(logits, token_ids))
         theirs.append(Scores(logprobs=expected[f"{name}.logprobs"], top=expected[f"{name}.top"]))
+        leads.append(expected[f"{name}.lead"])
     agreement = Agreement.of(ours, theirs)
-    print(f"bf16: {agreement}")
+    differs = np.concatenate([a.top != b.top for a, b in zip(ours, theirs, strict=True)])
+    lead = np.concatenate(leads)
+    print(f"bf16: {agreement}; largest lead among those {lead[differs].max(initial=0):.3f}")
     assert agreement.num_positions >= 560
-    assert agreement.logprob_difference <= MAX_LOGPROB_DIFFERENCE
-    assert agreement.top_agreement >= MIN_TOP_AGREEMENT
+    assert agreement.logprob_difference <= 1.1 * MAX_LOGPROB_DIFFERENCE
+    assert agreement.top_agreement >= 2 * MIN_TOP_AGREEMENT - 1
+    # Only near ties may fall the other way: most positions have a lead of several times this.
+    assert lead[differs].max(initial=0) < 0.25
+    assert np.median(lead) > 0.75
     # It is bfloat16 that ran: f32 would differ a thousand times less.
     assert agreement.logprob_difference > 1e-3
