@@ -32,7 +32,7 @@ MAIN = EngineConfig(
 )
 """Pages for all, and prompts of up to 64 tokens in one step."""
 
-TIGHT = replace(MAIN, max_requests=4, max_batch_tokens=16, num_pages=18)
+TIGHT = replace(MAIN, max_requests=4, max_batch_tokens=16, num_pages=16)
 """Chunks of at most 16 tokens, and pages for one whole context and no more."""
 
 
