@@ -4,7 +4,7 @@ Bytes come from shapes and from the compiler's own analysis of the largest progr
 happens to be free after a guess.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
@@ -69,7 +69,7 @@ def pages_that_fit(plan: MemoryPlan, spec: CacheSpec) -> int:
         )
     left = plan.limit - (plan.total - plan.cache)
     if left < spec.page_bytes:
-        plan.check()
+        replace(plan, cache=spec.page_bytes).check()
     return left // spec.page_bytes
 
 
