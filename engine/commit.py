@@ -107,7 +107,8 @@ class Committer:
             self._put(sequence, event, grant(sequence, sequence.lease_s))
         else:
             self._put(sequence, event)
-            if sequence.group.stream.num_unread > self._max_unread_tokens:
+            stream = sequence.group.stream
+            if stream.is_bounded and stream.num_unread > self._max_unread_tokens:
                 self.fail(sequence, _slow_reader_error(self._max_unread_tokens))
         return int(keeps)
 

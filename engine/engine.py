@@ -39,7 +39,7 @@ from pallasite.engine.sampler_state import slot_edits
 from pallasite.engine.scheduler import Plan, Scheduler, make_plan
 from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream, wake
-from pallasite.engine.validation import Bounds, validate
+from pallasite.engine.validation import Bounds, check_request_id, validate
 
 logger = logging.getLogger(__name__)
 
@@ -105,7 +105,8 @@ class Engine:
         """Loads a checkpoint, compiles every program and starts the loop.
 
         `model` is a GGUF file, a Hugging Face folder or a pulled name. Raises ConfigError where it
-        is damaged, unknown or does not fit; nothing is allocated before it is known to fit.
+        is damaged, unknown or does not fit: by its shapes before anything is allocated, by its
+        programs before the cache is.
         """
         config = config or EngineConfig()
         return cls(load_runtime(model, config, progress), config)
@@ -136,7 +137,7 @@ class Engine:
                 " each completion",
                 field="sampling.n",
             )
-        self._leases.reserve(self._pool.num_pages // 2)
+        self._reserve_lease(len(request.prompt_ids))
         try:
             return self._open(request, lease_s)
         except RequestError:
@@ -144,14 +145,24 @@ class Engine:
             raise
 
     def decode(
-        self, handle_id: str, epoch: str, tenant: str, timeout_s: float | None
+        self,
+        handle_id: str,
+        epoch: str,
+        tenant: str,
+        timeout_s: float | None,
+        request_id: str = "",
     ) -> TokenStream:
         """Streams what follows the first token of a prefill, sampled as that prefill asked.
+
+        It is a request of its own, named `request_id` or, where that is empty, by a drawn id.
 
         Raises RequestError: FAILED_PRECONDITION for a handle that is stale, expired or used,
         NOT_FOUND for one that never was, PERMISSION_DENIED for another tenant's.
         """
-        return self._intake.resume(lambda: self._leases.take(handle_id, epoch, tenant), timeout_s)
+        check_request_id(request_id, self.config.limits)
+        return self._intake.resume(
+            lambda: self._leases.take(handle_id, epoch, tenant), timeout_s, request_id
+        )
 
     def release(self, handle_id: str, epoch: str, tenant: str) -> None:
         """Gives a handle's pages back. Raises RequestError as `decode` does."""
@@ -183,7 +194,7 @@ class Engine:
 
         Raises the first request's RequestError where one is not valid; those before it still run.
         """
-        return collect(self, requests)
+        return collect(self.submit, requests)
 
     def current_load(self) -> EngineLoad:
         """Returns how busy the engine is."""
@@ -358,6 +369,15 @@ class Engine:
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
         return self._intake.submit(request, self._scheduler.num_waiting, lease_s)
+
+    def _reserve_lease(self, num_prompt: int) -> None:
+        """Promises a lease, so that leases hold half of the cache at most, or a single one more."""
+        page_size = self._runtime.page_size
+        promised = self._intake.promised_pages(page_size)
+        bound = self._pool.num_pages
+        if promised + self._leases.num_pages() > 0:
+            bound = bound // 2 - promised - -(-num_prompt // page_size)
+        self._leases.reserve(bound)
 
     def _check_lease(self, lease_s: float) -> None:
         if not 0 < lease_s <= self.config.max_lease_s:

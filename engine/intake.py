@@ -3,6 +3,7 @@
 Callers get an answer at once; what they ask for is done by the loop, between two steps.
 """
 
+import logging
 import secrets
 import threading
 import time
@@ -15,6 +16,8 @@ from pallasite.engine.sequence import Group, Sequence, new_group
 from pallasite.engine.stream import TokenStream
 
 Command = Callable[[], None]
+
+logger = logging.getLogger(__name__)
 
 
 class Intake:
@@ -61,30 +64,28 @@ class Intake:
                     code=ErrorCode.RESOURCE_EXHAUSTED,
                     retry_after_s=1.0,
                 )
-            if request.request_id in self._groups:
-                raise RequestError(
-                    f"request_id: got {request.request_id!r}, which is in flight; each must differ;"
-                    " leave it out, and one is drawn",
-                    field="request_id",
-                )
+            self._check_unused(request.request_id)
             stream = TokenStream(request.request_id or _new_id(), request.params.n)
             group = new_group(request, stream, next(self._arrivals), lease_s)
             self._enqueue(group)
         return stream
 
-    def resume(self, take: Callable[[], Sequence], timeout_s: float | None) -> TokenStream:
-        """Opens a sequence that was held, under a request id of its own.
+    def resume(
+        self, take: Callable[[], Sequence], timeout_s: float | None, request_id: str
+    ) -> TokenStream:
+        """Opens a sequence that was held, as a request of that id, or of a drawn one.
 
         `take` ends its lease, and what it raises is raised; so is UNAVAILABLE while closing.
         """
         now = time.monotonic()
         with self._changed:
             self.check_open()
+            self._check_unused(request_id)
             sequence = take()
             old = sequence.group
             group = Group(
                 request=old.request,
-                stream=TokenStream(_new_id()),
+                stream=TokenStream(request_id or _new_id()),
                 submitted_s=now,
                 arrival=next(self._arrivals),
                 sequences=[sequence],
@@ -115,6 +116,12 @@ class Intake:
         with self._changed:
             return self._groups.get(request_id)
 
+    def promised_pages(self, page_size: int) -> int:
+        """Returns the pages that open prefills will lease."""
+        with self._changed:
+            held = [g for g in self._groups.values() if g.sequences[0].lease_s is not None]
+            return sum(-(-len(group.request.prompt_ids) // page_size) for group in held)
+
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for the open ones; whether all ended in time."""
         with self._changed:
@@ -139,7 +146,10 @@ class Intake:
             for sequence in group.sequences:
                 self._schedule(sequence)
         for command in commands:
-            command()
+            try:
+                command()
+            except Exception:  # the commands after it are other callers'
+                logger.exception("a command failed")
 
     def own(self, owners: Callable[[], list[Sequence]]) -> list[Sequence]:
         """Returns `owners()` and the queued sequences, as of one moment, for the audit."""
@@ -158,6 +168,14 @@ class Intake:
             for group in groups:
                 del self._groups[group.stream.request_id]
             self._changed.notify_all()
+
+    def _check_unused(self, request_id: str) -> None:
+        if request_id in self._groups:
+            raise RequestError(
+                f"request_id: got {request_id!r}, which is in flight; each must differ; leave it"
+                " out, and one is drawn",
+                field="request_id",
+            )
 
     def _enqueue(self, group: Group) -> None:
         self._groups[group.stream.request_id] = group

@@ -1,22 +1,16 @@
 """Running requests to their end without a server."""
 
 from collections import deque
-from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable, Iterable
 
 from pallasite.engine.errors import ErrorCode, RequestError
 from pallasite.engine.request import Completion, Request, TokenLogprobs
 from pallasite.engine.stream import TokenStream
 
 
-@runtime_checkable
-class Submitter(Protocol):
-    """What this file needs of an engine."""
-
-    def submit(self, request: Request) -> TokenStream: ...
-
-
-def collect(engine: Submitter, requests: Iterable[Request]) -> list[Completion]:
+def collect(
+    submit: Callable[[Request], TokenStream], requests: Iterable[Request]
+) -> list[Completion]:
     """Submits requests as fast as the queue takes them; returns completions in their order.
 
     Raises RequestError where a request is refused for another reason than a full queue.
@@ -26,12 +20,13 @@ def collect(engine: Submitter, requests: Iterable[Request]) -> list[Completion]:
     for request in requests:
         while True:
             try:
-                stream = engine.submit(request)
+                stream = submit(request)
             except RequestError as error:
                 if error.code is not ErrorCode.RESOURCE_EXHAUSTED or not open_streams:
                     raise
                 completions += _read(*open_streams.popleft())
             else:
+                stream.is_bounded = False  # it is read, if only after those before it
                 open_streams.append((stream, request.params.n))
                 break
     for stream, num_completions in open_streams:

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.monitoring
 import numpy as np
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from pallasite.engine.layout import Bucket, Layout
@@ -154,6 +155,8 @@ def use_compile_cache(folder: Path) -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    # JAX decides once whether and where it keeps a cache; this process may have compiled already.
+    compilation_cache.reset_cache()
 
 
 def bucket_ladder(max_rows: int, max_tokens: int, least_rows: int) -> list[Bucket]:

@@ -126,18 +126,20 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
         programs = Programs(probe)
         programs.compile(progress)
         programs.close()
-        plan = _memory_plan(probe, cache_spec, programs, limit)
+        plan = _memory_plan(probe, cache_spec, programs.temporary_bytes(), limit)
         cache_spec = replace(cache_spec, num_pages=pages_that_fit(plan, cache_spec))
 
     opened = time.monotonic()
     spec = _program_spec(config, abstract, cache_spec, mesh)
     programs = Programs(spec)
+    # What the shapes alone need is known now; the programs' temporaries once they are compiled.
+    _memory_plan(spec, cache_spec, 0, limit).check()
     with ThreadPoolExecutor(1) as background:
         loading = background.submit(_load, abstract, checkpoint, mesh, progress)
         programs.compile(progress)
         compiled = time.monotonic()
         loaded = loading.result()
-    _memory_plan(spec, cache_spec, programs, limit).check()
+    _memory_plan(spec, cache_spec, programs.temporary_bytes(), limit).check()
     _return_freed_memory()
     prepared = time.monotonic()
     runtime = Runtime(programs, replace(spec, model=loaded), cache_spec, max_context_len)
@@ -226,13 +228,13 @@ def _program_spec(
 
 
 def _memory_plan(
-    spec: ProgramSpec, cache_spec: CacheSpec, programs: Programs, limit: int | None
+    spec: ProgramSpec, cache_spec: CacheSpec, temporaries: int, limit: int | None
 ) -> MemoryPlan:
     return MemoryPlan(
         weights=num_bytes(spec.model),
         cache=cache_spec.num_bytes,
         sampler=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(spec.state)),
-        temporaries=programs.temporary_bytes(),
+        temporaries=temporaries,
         limit=limit,
     )
 

@@ -91,6 +91,8 @@ class Scheduler:
         if sequence.deadline_s is not None:
             entry = (sequence.deadline_s, sequence.group.arrival, sequence.index, sequence)
             heapq.heappush(self._deadlines, entry)
+            if len(self._deadlines) > 2 * (len(self._running) + len(self._waiting)) + 64:
+                self._drop_ended_deadlines()
 
     def expired(self, now: float) -> list[Sequence]:
         """Returns the unfinished sequences whose deadline has passed, each once."""
@@ -101,6 +103,12 @@ class Scheduler:
             if is_open and sequence.deadline_s == deadline:
                 late.append(sequence)
         return late
+
+    def _drop_ended_deadlines(self) -> None:
+        # An ended sequence would stay in memory until its deadline, which may be days away.
+        is_open = (State.WAITING, State.RUNNING)
+        self._deadlines = [entry for entry in self._deadlines if entry[-1].state in is_open]
+        heapq.heapify(self._deadlines)
 
     def retire(self, sequence: Sequence) -> None:
         """Ends a sequence: the one place where slots and pages come back for good."""
@@ -219,9 +227,13 @@ class Scheduler:
         for head in self._waiting:
             if head.num_in_flight or self._awaits_sibling(head):
                 continue
+            missing = self._num_missing(head, head.num_tokens - head.num_computed)
+            priority = head.request.priority
+            worse = [s for s in self._running if s.request.priority > priority]
+            if missing > self.pool.num_free + sum(len(s.pages) for s in worse):
+                return  # leases hold too much; preempting would help nobody
             while self._running:
                 worst = max(self._running, key=attrgetter("rank"))
-                missing = self._num_missing(head, head.num_tokens - head.num_computed)
                 has_room = self._free_slots and missing <= self.pool.num_free
                 if has_room or head.request.priority >= worst.request.priority:
                     return

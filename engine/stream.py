@@ -17,11 +17,13 @@ class TokenStream:
 
     Attributes:
         request_id: the request's name for `Engine.abort`.
+        is_bounded: whether a reader that lags too far behind ends the request.
         handle: after `Engine.prefill`, the lease on the prompt's pages, once the stream has ended.
     """
 
     def __init__(self, request_id: str, num_completions: int = 1) -> None:
         self.request_id = request_id
+        self.is_bounded = True
         self.handle: KvHandle | None = None
         self._num_open = num_completions
         self._pending: dict[int, TokenEvent] = {}

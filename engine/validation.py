@@ -33,7 +33,7 @@ class Bounds:
 def validate(request: Request, bounds: Bounds) -> None:
     """Raises RequestError (INVALID_ARGUMENT, with the field's name) for a request not valid."""
     limits = bounds.limits
-    _length("request_id", request.request_id, 0, limits.max_request_id_len)
+    check_request_id(request.request_id, limits)
     _length("tenant", request.tenant, 0, limits.max_tenant_len)
     _int("priority", request.priority, -(2**31), 2**31 - 1)
     if request.timeout_s is not None:
@@ -65,6 +65,11 @@ def validate(request: Request, bounds: Bounds) -> None:
             f"the {bounds.num_cached_tokens} that the cache holds",
             "lower max_tokens, or start the server with a larger cache",
         )
+
+
+def check_request_id(request_id: object, limits: Limits) -> None:
+    """Raises RequestError where a request's id is too long or not printable."""
+    _length("request_id", request_id, 0, limits.max_request_id_len)
 
 
 def _check_params(params: SamplingParams, bounds: Bounds) -> None:

@@ -23,6 +23,9 @@ class TokenStream(Protocol):
     @property
     def handle(self) -> KvHandle | None: ...
 
+    @property
+    def is_complete(self) -> bool: ...
+
     def __aiter__(self) -> AsyncIterator[TokenEvent]: ...
 
 
@@ -104,7 +107,12 @@ class Engine(Protocol):
     def prefill(self, request: Request, lease_s: float) -> TokenStream: ...
 
     def decode(
-        self, handle_id: str, epoch: str, tenant: str, timeout_s: float | None
+        self,
+        handle_id: str,
+        epoch: str,
+        tenant: str,
+        timeout_s: float | None,
+        request_id: str = "",
     ) -> TokenStream: ...
 
     def release(self, handle_id: str, epoch: str, tenant: str) -> None: ...

@@ -99,11 +99,16 @@ class TextEngine:
         return handle, first
 
     def decode(
-        self, handle_id: str, epoch: str, tenant: str, timeout_s: float | None
+        self,
+        handle_id: str,
+        epoch: str,
+        tenant: str,
+        timeout_s: float | None,
+        request_id: str = "",
     ) -> TextStream:
         """Streams what follows a prefill's first token. Raises RequestError for a handle that is
         stale, expired, used, unknown or another tenant's."""
-        stream = self.engine.decode(handle_id, epoch, tenant, timeout_s)
+        stream = self.engine.decode(handle_id, epoch, tenant, timeout_s, request_id)
         held = self._held.pop(handle_id, None)
         if held is None:
             self.engine.abort(stream.request_id)
@@ -186,7 +191,8 @@ class TextEngine:
         encoder, params = self.encoder, request.params
         encoder.check_stop(request.stop)
         if request.bad_words:
-            max_words = self.engine.config.limits.max_bad_words
+            # Each is two sequences: at the start of a text, and after a space.
+            max_words = self.engine.config.limits.max_bad_words // 2
             sequences = encoder.bad_word_ids(request.bad_words, max_words)
             params = replace(params, bad_words=params.bad_words + sequences)
         return Request(

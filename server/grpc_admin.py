@@ -89,7 +89,8 @@ class AdminService:
 
     async def audit_kv(self, request: pb.AuditKvRequest, call: Call) -> pb.AuditKvResponse:
         """Counts and checks the cache's pages."""
-        audit = self._engine.audit()
+        # It waits for the step that runs; streams and health go on meanwhile.
+        audit = await asyncio.to_thread(self._engine.audit)
         return pb.AuditKvResponse(
             num_pages=audit.total,
             num_free_pages=audit.free,

@@ -50,7 +50,7 @@ class InferenceService:
         """Streams what follows the first token of a prefill."""
         with _fields_of(request):
             stream = self._text_engine.decode(
-                request.handle_id, request.epoch, call.tenant, call.timeout_s
+                request.handle_id, request.epoch, call.tenant, call.timeout_s, call.request_id
             )
         with closing(stream):
             async for message in _messages(stream, call):

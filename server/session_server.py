@@ -94,7 +94,8 @@ def told_as_request_errors() -> Iterator[None]:
     except grpc.RpcError as error:
         code = _CODES.get(error.code().name, ErrorCode.UNAVAILABLE)
         message = error.details() or "the call failed"
-        if error.code() is grpc.StatusCode.UNAVAILABLE:
+        has_details = "grpc-status-details-bin" in dict(error.trailing_metadata() or ())
+        if error.code() is grpc.StatusCode.UNAVAILABLE and not has_details:
             message = (
                 "got no answer from the server; one must listen there; check --server, or start"
                 " one with `pallasite serve`"

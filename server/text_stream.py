@@ -37,7 +37,8 @@ class TextStream:
 
     def close(self) -> None:
         """Aborts the request unless it has ended."""
-        if self._num_unfinished:
+        # A stream that is complete has ended in the engine, and another may have its id by now.
+        if self._num_unfinished and not self._stream.is_complete:
             self._engine.abort(self.request_id)
         self._on_close()
 

@@ -105,12 +105,12 @@ class FakeEngine:
                     row.ends, row.matched = FinishReason.STOP, matched
                     row.completion_tokens = num_tokens
 
-    def decode(self, handle_id, epoch, tenant, timeout_s):
+    def decode(self, handle_id, epoch, tenant, timeout_s, request_id=""):
         with self._lock:
             self._check_open()
             row = self._lease(handle_id, epoch, tenant).row
             self._end_lease(handle_id)
-            stream = TokenStream(secrets.token_hex(4))
+            stream = TokenStream(request_id or secrets.token_hex(4))
             deadline_s = None if timeout_s is None else time.monotonic() + timeout_s
             self.rows.append(replace(row, stream=stream, is_prefill=False, deadline_s=deadline_s))
             return stream
