@@ -239,6 +239,27 @@ def cpu_seconds_of(pid: int) -> float:
     return (user + system) / os.sysconf("SC_CLK_TCK")
 
 
+class OthersClock:
+    """Counts what else ran on this machine since it was made, beside this process and `pids`."""
+
+    def __init__(self, *pids: int) -> None:
+        self._pids = (os.getpid(), *pids)
+        self._start_s = time.perf_counter()
+        self._start_cpu_s = self._others_cpu_s()
+
+    def cores(self) -> float:
+        """Returns the cores that others took, on average since the start; about 0 where quiet."""
+        cpu_s = self._others_cpu_s() - self._start_cpu_s
+        return cpu_s / (time.perf_counter() - self._start_s)
+
+    def _others_cpu_s(self) -> float:
+        # proc(5): user, nice, system, idle, iowait, irq, softirq, steal, in ticks over all cores.
+        line = Path("/proc/stat").read_text().splitlines()[0].split()
+        user, nice, system, _, _, *interrupts = map(int, line[1:9])
+        busy = (user + nice + system + sum(interrupts)) / os.sysconf("SC_CLK_TCK")
+        return busy - sum(map(cpu_seconds_of, self._pids))
+
+
 def _kilobytes(text: str) -> dict[str, int]:
     found = re.findall(r"^(\w+):\s+(\d+) kB$", text, re.MULTILINE)
     return {name: 1024 * int(value) for name, value in found}

@@ -13,7 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import numpy as np
@@ -31,7 +31,12 @@ from benchmarks.options import (
     say,
     vocab_size,
 )
-from benchmarks.processes import EngineProcess, ServerProcess, cpu_seconds_of
+from benchmarks.processes import (
+    EngineProcess,
+    OthersClock,
+    ServerProcess,
+    cpu_seconds_of,
+)
 from pallasite.engine.request import Request
 from pallasite.models.errors import ConfigError
 from pallasite.proto import inference_pb2 as pb
@@ -63,20 +68,28 @@ def main() -> None:
         EngineProcess(args.model, config) as offline,
         ServerProcess(args.model, config) as server,
     ):
-        served, alone = [], []
-        cpu_s: dict[str, list[float]] = {"served": [], "offline": []}
         load = Load(concurrency=args.concurrency, arrivals_s=workload.arrivals_s())
         say("warming up both")
         few = replace(workload, num_prompts=min(args.concurrency, workload.num_prompts))
         asyncio.run(load.send(server.address, requests[: few.num_prompts]))
         offline.generate(few)
+        served: list[dict[str, Any]] = []
+        alone: list[float] = []
+        costs: list[dict[str, float]] = []
         for number in range(1, args.rounds + 1):
-            before_s = cpu_seconds_of(server.pid), cpu_seconds_of(offline.pid)
-            records, duration_s = asyncio.run(load.send(server.address, requests))
+            with Cost(server, offline) as served_cost:
+                records, duration_s = asyncio.run(load.send(server.address, requests))
+            with Cost(offline, server) as offline_cost:
+                alone.append(offline.generate(workload).output_throughput)
             served.append(report.serving_result(records, duration_s, goodput))
-            alone.append(offline.generate(workload).output_throughput)
-            cpu_s["served"].append(cpu_seconds_of(server.pid) - before_s[0])
-            cpu_s["offline"].append(cpu_seconds_of(offline.pid) - before_s[1])
+            costs.append(
+                {
+                    "served_cpu_s": served_cost.cpu_s,
+                    "served_others_cores": served_cost.others_cores,
+                    "offline_cpu_s": offline_cost.cpu_s,
+                    "offline_others_cores": offline_cost.others_cores,
+                }
+            )
             say(
                 f"round {number} of {args.rounds}:"
                 f" served {served[-1]['output_throughput']:.1f} tokens/s,"
@@ -88,9 +101,8 @@ def main() -> None:
         "num_prompts": workload.num_prompts,
         "request_rate": workload.request_rate if math.isfinite(workload.request_rate) else "inf",
         "max_concurrency": args.concurrency,
-        "served_cpu_s": report.spread(cpu_s["served"]),
-        "offline_cpu_s": report.spread(cpu_s["offline"]),
     }
+    result |= {name: report.spread([each[name] for each in costs]) for name in costs[0]}
     _show(result)
     if args.output is not None:
         report.write_json(args.output, result)
@@ -98,6 +110,31 @@ def main() -> None:
         gaps = [1000 * gap for gaps in result["itls"] for gap in gaps]
         series = {"TTFT": [1000 * ttft for ttft in result["ttfts"]], "ITL": gaps}
         report.write_plot(args.plot, f"{args.model}, {args.concurrency} streams", series, "ms")
+
+
+class Cost:
+    """What a `with` block took of the machine, and what others did meanwhile.
+
+    Attributes:
+        cpu_s: CPU seconds of the process that ran.
+        others_cores: cores that none of the benchmark's own processes had, on average.
+    """
+
+    def __init__(
+        self, runs: ServerProcess | EngineProcess, waits: ServerProcess | EngineProcess
+    ) -> None:
+        self.cpu_s = 0.0
+        self.others_cores = 0.0
+        self._runs, self._waits = runs, waits
+
+    def __enter__(self) -> Self:
+        self._cpu_s = cpu_seconds_of(self._runs.pid)
+        self._others = OthersClock(self._runs.pid, self._waits.pid)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.cpu_s = cpu_seconds_of(self._runs.pid) - self._cpu_s
+        self.others_cores = self._others.cores()
 
 
 class Load:
@@ -186,6 +223,7 @@ def _show(result: dict[str, Any]) -> None:
     for what, title in (
         ("output_throughput", "output tokens/s, in turns"),
         ("cpu_s", "CPU seconds of the process in each"),
+        ("others_cores", "cores that others on the machine had meanwhile"),
     ):
         figures = {name: result[f"{name}_{what}"] for name in ("served", "offline")}
         rows = [[name, each["median"], *each["runs"]] for name, each in figures.items()]

@@ -1,11 +1,13 @@
 """What a process holds and uses, against what it was made to hold and use."""
 
 import os
+import subprocess
+import sys
 import time
 
 import numpy as np
 
-from benchmarks.processes import cpu_seconds_of, memory_of
+from benchmarks.processes import OthersClock, cpu_seconds_of, memory_of
 
 MIB = 1 << 20
 
@@ -29,3 +31,20 @@ def test_cpu_time_counts_work_and_not_waiting():
     worked_s = cpu_seconds_of(pid) - start_s
     # The kernel counts in ticks, of 10 ms as a rule.
     assert 0.25 < worked_s < 0.6
+
+
+BUSY = "import time; print(flush=True)\nwhile True: pass"
+
+
+def test_what_others_take_is_told_from_our_own():
+    with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as busy:
+        assert busy.stdout is not None
+        busy.stdout.readline()
+        others, known = OthersClock(), OthersClock(busy.pid)
+        busy_s, start_s = cpu_seconds_of(busy.pid), time.perf_counter()
+        time.sleep(1.0)
+        took = others.cores() - known.cores()
+        cores = (cpu_seconds_of(busy.pid) - busy_s) / (time.perf_counter() - start_s)
+        busy.kill()
+    assert cores > 0.1
+    assert abs(took - cores) < 0.1
