@@ -168,6 +168,16 @@ def test_every_parameter_survives_a_lease(engine, prompt, plain, monkeypatch):
     assert whole.token_ids[2] != plain[2]
 
 
+def test_a_bad_word_that_was_begun_otherwise_forbids_nothing(engine, prompt, plain):
+    other = next(i for i in range(TINY.vocab_size) if i not in (*prompt, *plain))
+    words = [(other, *plain[place : place + 2]) for place in range(18)]
+    words += [(plain[place], other, plain[place + 2]) for place in range(17)]
+    words += [(other, *plain[:12]), (*plain[:11], other)]
+    params = replace(PLAIN, bad_words=tuple(words))
+    [completion] = engine.generate([Request(prompt_ids=prompt, params=params)])
+    assert completion.token_ids == plain
+
+
 def test_each_of_n_completions_follows_its_own_seed_and_history(engine, prompt, monkeypatch):
     params = replace(DRAWN, n=4, frequency_penalty=0.7, seed=2**64 - 1)
     completions = engine.generate([Request(prompt_ids=prompt, params=params)])
