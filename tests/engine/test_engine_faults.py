@@ -158,6 +158,15 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
 ):
     # Four slots and few pages: what a slot held before is soon another's.
     engine = engines.get(TIGHT)
+    build, strays = engine._builder.build, []
+
+    def watch(plan, *arguments):
+        strays.extend(
+            row for row in plan.rows if len(row.sequence.pages) * 16 < row.start + row.num_tokens
+        )
+        return build(plan, *arguments)
+
+    monkeypatch.setattr(engine._builder, "build", watch)
     crowd = [greedy(random_prompt(rng, 55), max_tokens=25, ignore_eos=True) for _ in range(3)]
     engine.generate([*crowd, crowd[0]])
     whole = tokens(engine.generate(crowd))
@@ -184,6 +193,7 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
         assert finish.error.code is ErrorCode.INTERNAL
         assert "no array holds" not in str(finish.error)
     assert num_failed == 18
+    assert strays == [], "nobody computes tokens that they have no page for"
     assert [read(stream)[0] for stream in streams] == whole
 
 

@@ -20,7 +20,7 @@ def test_a_pool_of_a_third_of_the_demand_gives_the_large_pools_tokens(
     count = repetitions(40, 500)
     requests = []
     for _ in range(count):
-        prompt = random_prompt(rng, int(rng.integers(90, 150)))
+        prompt = random_prompt(rng, int(rng.integers(110, 150)))
         max_tokens = int(rng.integers(80, 105))
         requests.append(greedy(prompt, max_tokens=max_tokens, ignore_eos=True))
     large, small = engines.get(MAIN), engines.get(TIGHT)
