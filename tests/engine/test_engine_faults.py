@@ -88,7 +88,7 @@ def test_logits_that_are_not_finite_end_that_request_alone(engines, broken_model
         good = [greedy(p, max_tokens=12, bad_words=((5,),)) for p in prompts]
         whole = tokens(one_by_one(engine, good))
         bad = greedy((*prompts[0], 5), max_tokens=12)
-        scored = greedy((5, *prompts[0]), max_tokens=12, bad_words=((5,),))
+        scored = greedy((5, *prompts[0]), max_tokens=12, bad_words=((5,),), ignore_eos=True)
         ended = engine.generate([*good, bad, *good, scored])
         assert tokens(ended[:4]) == tokens(ended[5:9]) == whole
         assert ended[4].token_ids == ()
@@ -102,7 +102,8 @@ def test_logits_that_are_not_finite_end_that_request_alone(engines, broken_model
 @pytest.mark.parametrize("place", PLACES)
 def test_a_fault_ends_what_is_in_flight_and_the_engine_goes_on(engine, rng, monkeypatch, place):
     requests = [
-        greedy(random_prompt(rng, 20 + i), max_tokens=12, presence_penalty=0.1) for i in range(14)
+        greedy(random_prompt(rng, 20 + i), max_tokens=12, presence_penalty=0.1, ignore_eos=True)
+        for i in range(14)
     ]
     whole = tokens(engine.generate(requests))
     compilations = engine.metrics.compilations
@@ -243,7 +244,7 @@ def test_an_engine_that_cannot_recover_ends_everything_and_says_it_is_dead(
 
 def test_what_is_counted_from_many_threads_is_counted_once(engine, rng):
     before = replace(engine.metrics)
-    request = greedy(random_prompt(rng, 7), max_tokens=1)
+    request = greedy(random_prompt(rng, 7), max_tokens=1, ignore_eos=True)
     barrier = threading.Barrier(8)
 
     def call():
