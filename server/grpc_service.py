@@ -33,6 +33,7 @@ class InferenceService:
     async def prefill(self, request: pb.PrefillRequest, call: Call) -> pb.PrefillResponse:
         """Computes a prompt and its first token, and leases their pages."""
         lease_s = request.lease_s if request.HasField("lease_s") else None
+        await _return_id(call.request_id, call)
         with _fields_of(request.request, "request"):
             handle, event = await self._text_engine.prefill(
                 convert.text_request(request.request, call), lease_s
@@ -88,6 +89,7 @@ class InferenceService:
     async def score(self, request: pb.ScoreRequest, call: Call) -> pb.ScoreResponse:
         """The log-probabilities of a prompt."""
         top = request.top if request.HasField("top") else 5
+        await _return_id(call.request_id, call)
         with _fields_of(request):
             scores = await self._text_engine.score(convert.score_request(request, call), top)
         return convert.score_response(scores)
@@ -95,7 +97,7 @@ class InferenceService:
 
 async def _messages(stream: TextStream, call: Call) -> AsyncIterator[pb.GenerateEvent]:
     """The stream's events as messages; then, where a completion failed, its error is raised."""
-    await call.context.send_initial_metadata((("x-request-id", stream.request_id),))
+    await _return_id(stream.request_id, call)
     failed = None
     async for event in stream:
         if event.finish is not None and event.finish.error is not None:
@@ -103,6 +105,12 @@ async def _messages(stream: TextStream, call: Call) -> AsyncIterator[pb.Generate
         yield convert.generate_event(event)
     if failed is not None:
         _raise_error(failed)
+
+
+async def _return_id(request_id: str, call: Call) -> None:
+    """Sends a request's name back, where it has one yet."""
+    if request_id:
+        await call.context.send_initial_metadata((("x-request-id", request_id),))
 
 
 def _raise_error(finish: Finish) -> None:

@@ -365,3 +365,26 @@ async def test_tokenize_and_detokenize(tmp_path):
     assert back == text
     assert raw.text == "<|im_start|>"
     assert long_ids == list(b"ab" * 5000)
+
+
+async def test_a_name_that_was_given_comes_back_from_every_call_that_takes_one(tmp_path):
+    named = (("x-request-id", "mine"),)
+    request = pb.GenerateRequest(text="ab", sampling=SamplingParams(max_tokens=3))
+    async with serving(tmp_path) as s:
+        calls = [
+            s.inference.Generate(request, metadata=named),
+            s.inference.Prefill(pb.PrefillRequest(request=request), metadata=named),
+            s.inference.Score(pb.ScoreRequest(text="ab"), metadata=named),
+        ]
+        for call in calls:
+            metadata = dict(await call.initial_metadata())
+            assert metadata["x-request-id"] == "mine"
+            call.cancel()
+        unnamed = s.inference.Prefill(pb.PrefillRequest(request=request))
+        handle = (await unnamed).handle
+        assert "x-request-id" not in dict(await unnamed.initial_metadata())
+        decode = s.inference.Decode(
+            pb.DecodeRequest(handle_id=handle.handle_id, epoch=handle.epoch), metadata=named
+        )
+        assert dict(await decode.initial_metadata())["x-request-id"] == "mine"
+        assert [event async for event in decode]
