@@ -60,15 +60,17 @@ def probabilities(x: np.ndarray, params: SamplingParams) -> np.ndarray:
     return weights / weights.sum()
 
 
-def possible_tokens(x: np.ndarray, params: SamplingParams, noise: np.ndarray) -> set[int]:
+def possible_tokens(
+    x: np.ndarray, params: SamplingParams, noise: np.ndarray, edge: float = EDGE
+) -> set[int]:
     """Returns the tokens that a draw with this exponential noise may give: one, but at an edge."""
     if params.temperature == 0.0:
-        return {int(token_id) for token_id in np.flatnonzero(x >= x.max() - EDGE)}
+        return {int(token_id) for token_id in np.flatnonzero(x >= x.max() - edge)}
     ratio = np.exp((x - x.max()) / float(np.float32(params.temperature)))
     tokens = set()
-    for slack in (-EDGE, 0.0, EDGE):
+    for slack in (-edge, 0.0, edge):
         race = np.where(kept(x, params, slack), ratio / noise, 0.0)
-        tokens |= {int(token_id) for token_id in np.flatnonzero(race >= race.max() * (1 - EDGE))}
+        tokens |= {int(token_id) for token_id in np.flatnonzero(race >= race.max() * (1 - edge))}
     return tokens
 
 

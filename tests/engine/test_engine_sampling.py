@@ -1,7 +1,7 @@
 """Every sampling parameter through the whole engine, token by token against its definition.
 
-The logits come from the float64 model, the processing and the draws from the sampler's oracle, and
-what is banned from a few lines here; none of them knows steps, slots or what is in flight.
+The logits come from the float64 model, the processing and the draws from the sampler's oracle;
+neither knows steps, slots or what is in flight.
 """
 
 from dataclasses import replace
@@ -10,20 +10,12 @@ import numpy as np
 import pytest
 
 from pallasite.engine import FinishReason, Request, SamplingParams
-from tests.engine import sampler_oracle
+from tests.engine.answers import ROUNDING, possible_next
 from tests.engine.harness import ORACLE, TIGHT, greedy, random_prompt, tokens
-from tests.engine.sampler_oracle import (
-    exponential_noise,
-    log_softmax,
-    possible_tokens,
-    processed,
-)
+from tests.engine.sampler_oracle import log_softmax
 from tests.tiny_checkpoints import TINY
 
 EOS = TINY.eos_token_ids[0]
-ROUNDING = 1e-4
-"""How far, relatively, the engine's f32 may be from float64 after the whole model."""
-
 PLAIN = SamplingParams(max_tokens=20, temperature=0.0)
 DRAWN = SamplingParams(max_tokens=20, seed=5)
 
@@ -41,37 +33,16 @@ def plain(engines, prompt):
     return completion.token_ids
 
 
-def banned(params, prompt, output):
-    """The ids that min_tokens and bad_words forbid after this output."""
-    ids = [*TINY.eos_token_ids, *params.stop_token_ids] if len(output) < params.min_tokens else []
-    history = (*prompt, *output)
-    for *prefix, last in params.bad_words:
-        if not prefix or history[-len(prefix) :] == tuple(prefix):
-            ids.append(last)
-    return ids
-
-
-def seed_of(params, index):
-    """A completion's 32 bits, as `engine/sequence.py` defines them."""
-    mixed = params.seed + index * 0x9E3779B97F4A7C15
-    return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
-
-
-def check(prompt, params, completion, monkeypatch):
+def check(prompt, params, completion):
     """Each token, the stop that was cut off included, is one that its definition allows."""
-    monkeypatch.setattr(sampler_oracle, "EDGE", ROUNDING)
     output = completion.token_ids
     finish = completion.finish
     if finish.reason is FinishReason.STOP and not params.include_stop:
         output = (*output, finish.matched)
     logits = ORACLE.logits((*prompt, *output))[len(prompt) - 1 :]
     for place, token_id in enumerate(output):
-        before = output[:place]
-        x = processed(logits[place], params, prompt, before, banned(params, prompt, before))
-        noise = np.ones(len(x))
-        if params.temperature > 0:
-            noise = exponential_noise(seed_of(params, completion.index), place, len(x))
-        assert token_id in possible_tokens(x, params, noise), (params, place)
+        possible = possible_next(prompt, params, completion.index, output[:place], logits[place])
+        assert token_id in possible, (params, place)
     ends = {*params.stop_token_ids} | (set() if params.ignore_eos else {EOS})
     assert ends.isdisjoint(output[:-1])
     if finish.reason is FinishReason.STOP:
@@ -125,12 +96,12 @@ def variants(prompt, plain):
     }
 
 
-def test_every_parameter_does_what_its_definition_says(engine, prompt, plain, monkeypatch):
+def test_every_parameter_does_what_its_definition_says(engine, prompt, plain):
     params = variants(prompt, plain)
     requests = [Request(prompt_ids=prompt, params=p) for p in params.values()]
     completions = dict(zip(params, engine.generate(requests), strict=True))
     for name, completion in completions.items():
-        check(prompt, params[name], completion, monkeypatch)
+        check(prompt, params[name], completion)
         assert completion.token_ids != plain, f"{name} changed nothing"
     [drawn] = tokens(engine.generate([Request(prompt_ids=prompt, params=DRAWN)]))
     answers = {name: c.token_ids for name, c in completions.items() if params[name].seed}
@@ -138,7 +109,7 @@ def test_every_parameter_does_what_its_definition_says(engine, prompt, plain, mo
         assert answer != drawn, f"{name} changed nothing"
 
 
-def test_every_parameter_survives_chunks_and_preemption(engines, prompt, plain, monkeypatch):
+def test_every_parameter_survives_chunks_and_preemption(engines, prompt, plain):
     engine = engines.get(TIGHT)
     before = engine.metrics.num_preemptions
     # Four of these fit when they begin, and no longer when they end.
@@ -148,16 +119,16 @@ def test_every_parameter_survives_chunks_and_preemption(engines, prompt, plain, 
     completions = engine.generate(requests)
     assert engine.metrics.num_preemptions - before >= 8
     for p, completion in zip(params, completions, strict=True):
-        check(longer, p, completion, monkeypatch)
+        check(longer, p, completion)
 
 
-def test_every_parameter_survives_a_lease(engine, prompt, plain, monkeypatch):
+def test_every_parameter_survives_a_lease(engine, prompt, plain):
     params = variants(prompt, plain)
     params["a bad word across the lease"] = replace(PLAIN, bad_words=(plain[:2],))
     params["a long bad word across the lease"] = replace(PLAIN, bad_words=(plain[:3],))
     requests = [Request(prompt_ids=prompt, params=p) for p in params.values()]
     for request, whole in zip(requests, engine.generate(requests), strict=True):
-        check(prompt, request.params, whole, monkeypatch)
+        check(prompt, request.params, whole)
         first = engine.prefill(request, 30.0)
         ids = [i for event in first for i in event.token_ids]
         if first.handle is not None:
@@ -178,11 +149,11 @@ def test_a_bad_word_that_was_begun_otherwise_forbids_nothing(engine, prompt, pla
     assert completion.token_ids == plain
 
 
-def test_each_of_n_completions_follows_its_own_seed_and_history(engine, prompt, monkeypatch):
+def test_each_of_n_completions_follows_its_own_seed_and_history(engine, prompt):
     params = replace(DRAWN, n=4, frequency_penalty=0.7, seed=2**64 - 1)
     completions = engine.generate([Request(prompt_ids=prompt, params=params)])
     for completion in completions:
-        check(prompt, params, completion, monkeypatch)
+        check(prompt, params, completion)
     assert len({c.token_ids for c in completions}) == 4
 
 

@@ -1,0 +1,83 @@
+"""What an engine on the shared model may answer, by definition, and when two answers agree.
+
+Sums in another order, as another batch or chunk takes them, move a logit in its last bits. Where
+two tokens are that close no order is wrong, and the answers may part there; nowhere else.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pallasite.engine import Request, SamplingParams
+from tests.engine.harness import ORACLE
+from tests.engine.sampler_oracle import exponential_noise, possible_tokens, processed
+from tests.tiny_checkpoints import TINY
+
+ROUNDING = 1e-4
+"""How far, relatively, the engine's f32 may be from float64 after the whole model."""
+
+
+def possible_next(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    index: int,
+    output: Sequence[int],
+    logits: np.ndarray,
+) -> set[int]:
+    """Returns what completion `index` may have after `output`, whose logits f64[V] are given."""
+    x = processed(logits, params, prompt, output, banned(params, prompt, output))
+    noise = np.ones(len(x))
+    if params.temperature > 0:
+        noise = exponential_noise(seed_of(params, index), len(output), len(x))
+    return possible_tokens(x, params, noise, ROUNDING)
+
+
+def assert_same_answers(
+    requests: Sequence[Request],
+    ours: Sequence[Sequence[int]],
+    theirs: Sequence[Sequence[int]],
+) -> None:
+    """Each completion's tokens, in order, n a request, are the same, but for a tie."""
+    completions = [(r, index) for r in requests for index in range(r.params.n)]
+    for (request, index), one, other in zip(completions, ours, theirs, strict=True):
+        if tuple(one) != tuple(other):
+            assert_tie(request, one, other, index)
+
+
+def num_ties(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
+    """Returns how many answers part, once `assert_same_answers` has found them the same."""
+    return sum(tuple(one) != tuple(other) for one, other in zip(ours, theirs, strict=True))
+
+
+def assert_tie(request: Request, one: Sequence[int], other: Sequence[int], index: int = 0) -> None:
+    """Where two unequal answers part, the definitions allow both tokens."""
+    num_same = next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
+        min(len(one), len(other)),
+    )
+    output = tuple(one[:num_same])
+    # What ended an answer is no token of it.
+    parting = {ids[num_same] if num_same < len(ids) else _EOS for ids in (one, other)}
+    logits = ORACLE.logits((*request.prompt_ids, *output))[-1]
+    possible = possible_next(request.prompt_ids, request.params, index, output, logits)
+    assert parting <= possible, (request, index, num_same, parting, possible)
+
+
+def banned(params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
+    """The ids that min_tokens and bad_words forbid after this output."""
+    ids = [*TINY.eos_token_ids, *params.stop_token_ids] if len(output) < params.min_tokens else []
+    history = (*prompt, *output)
+    for *prefix, last in params.bad_words:
+        if not prefix or history[-len(prefix) :] == tuple(prefix):
+            ids.append(last)
+    return ids
+
+
+def seed_of(params: SamplingParams, index: int) -> int:
+    """A completion's 32 bits, as `engine/sequence.py` defines them."""
+    assert params.seed is not None
+    mixed = params.seed + index * 0x9E3779B97F4A7C15
+    return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
+
+
+_EOS = TINY.eos_token_ids[0]
