@@ -13,28 +13,18 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import jax
-
 # So that the file can be run by its path, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 from benchmarks.options import benchmark_parser, engine_config, run, say
-from pallasite.engine.batch_builder import max_bans
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.layout import Layout
-from pallasite.engine.planner import choose_num_pages, default_cpu_pages
-from pallasite.engine.programs import Programs, ProgramSpec, bucket_ladder
-from pallasite.engine.sampler_state import init_state
+from pallasite.engine.deployment import plan_deployment
+from pallasite.engine.programs import Programs
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import ConfigError
-from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.pull import locate
-from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh, replicated
-from pallasite.models.weights import compute_dtype, placed
-from pallasite.pallas_kernels.target import TARGETS
 from pallasite.server.flags import WHOLE
 
 GOAL = 1.5
@@ -70,37 +60,6 @@ def main() -> None:
         report.write_json(args.output, result)
 
 
-def program_spec(model: ModelConfig, config: EngineConfig) -> ProgramSpec:
-    """Returns what a server of this model would compile, on this machine's first device."""
-    device = jax.devices()[0]
-    target, mesh = TARGETS[device.platform], make_mesh([device])
-    context_len = config.max_context_len or model.context_len
-    num_pages = choose_num_pages(config, target.page_size)
-    if num_pages is None:
-        num_pages = default_cpu_pages(config, target.page_size, context_len)
-    cache = CacheSpec(
-        model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages
-    )
-    buckets = bucket_ladder(config.max_requests, config.max_batch_tokens, target.pads_rows_to)
-    num_bans = max_bans(config.limits, len(model.eos_token_ids))
-    pages_per_request = -(-context_len // target.page_size)
-    everywhere = replicated(mesh)
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        jax.eval_shape(lambda: init_state(config.max_requests, model.vocab_size)),
-    )
-    return ProgramSpec(
-        model=placed(make_model(model, config.weights, target), mesh),
-        cache=cache.abstract(mesh),
-        state=state,
-        layouts={
-            bucket: Layout(bucket=bucket, pages_per_request=pages_per_request, num_bans=num_bans)
-            for bucket in buckets
-        },
-        mesh=mesh,
-    )
-
-
 def _compile(model: ModelConfig, config: EngineConfig) -> dict[str, float]:
     """Compiles in a process of its own, which has compiled nothing before."""
     context = multiprocessing.get_context("spawn")
@@ -122,7 +81,7 @@ def _compile(model: ModelConfig, config: EngineConfig) -> dict[str, float]:
 
 
 def _run_compile(connection: Connection, model: ModelConfig, config: EngineConfig) -> None:
-    programs = Programs(program_spec(model, config))
+    programs = Programs(plan_deployment(model, config).program_spec())
     start_s, cpu_start_s = time.perf_counter(), time.process_time()
     programs.compile(say)
     clock_s, cpu_s = time.perf_counter() - start_s, time.process_time() - cpu_start_s

@@ -56,7 +56,7 @@ def main() -> None:
         "tokens_per_request": workload.input_len + workload.output_len,
     }
     with tempfile.TemporaryDirectory(prefix="pallasite-") as folder:
-        # Compiling takes memory that it does not all give back, so a cold start is its own case.
+        # A cold start compiles, so it is its own case.
         cached = replace(config, compile_cache=Path(folder))
         for name in ("cold", "warm"):
             say(f"a server with a {name} compile cache")

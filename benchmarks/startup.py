@@ -29,7 +29,7 @@ GOAL_S = 5.0
 MARKS = {
     "first word": r"",
     "weights loaded": r"loaded (\d+) of \1 tensors",
-    "programs compiled": r"compiled program",
+    "programs ready": r"compiled program",
     "listening": r"is served on",
 }
 """The last line that each matches is the mark, but of the first its first."""

@@ -39,7 +39,8 @@ class EngineConfig:
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
         max_lease_s: the longest lease, in seconds.
-        compile_cache: JAX's persistent compilation cache; None keeps none.
+        compile_cache: the folder that keeps compiled programs, JAX's own cache among them; None
+            keeps none. Whoever may write it may run code here.
     """
 
     weights: WeightForm = "bf16"

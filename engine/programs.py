@@ -80,6 +80,19 @@ class Programs:
                 progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
             self._edit = edit.result()
 
+    @property
+    def table(self) -> dict[Bucket | None, jax.stages.Compiled]:
+        """Every compiled program; the one that edits a slot has no bucket."""
+        assert self._edit is not None, "compile() comes first"
+        table: dict[Bucket | None, jax.stages.Compiled] = {None: self._edit}
+        return table | self._steps
+
+    def take(self, table: dict[Bucket | None, jax.stages.Compiled]) -> None:
+        """Makes a table of the same spec, which another process compiled, this one's."""
+        assert table.keys() == {None, *self._spec.layouts}
+        self._edit = table[None]
+        self._steps = {bucket: table[bucket] for bucket in self._spec.layouts}
+
     def seal(self) -> None:
         """Ends compilation."""
         self._is_sealed = True

@@ -11,32 +11,23 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
-from pallasite.engine.batch_builder import max_bans
+from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.layout import Bucket, Layout
-from pallasite.engine.planner import (
-    MemoryPlan,
-    choose_num_pages,
-    default_cpu_pages,
-    memory_limit,
-    pages_that_fit,
-)
-from pallasite.engine.programs import Programs, ProgramSpec, bucket_ladder, use_compile_cache
+from pallasite.engine.deployment import Deployment, plan_deployment
+from pallasite.engine.layout import Bucket
+from pallasite.engine.planner import memory_limit, pages_that_fit
+from pallasite.engine.program_file import ProgramFile
+from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
 from pallasite.engine.scheduler import Plan
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
-from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import check_tensors, load_weights
 from pallasite.models.pull import locate
-from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh, replicated
-from pallasite.models.weights import compute_dtype, named_weights, num_bytes, placed
-from pallasite.pallas_kernels.target import TARGETS, Target
+from pallasite.models.weights import named_weights
 
 Progress = Callable[[str], None]
 
@@ -109,47 +100,77 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
     start = time.monotonic()
     if config.compile_cache is not None:
         use_compile_cache(config.compile_cache)
-    device = jax.devices()[0]
-    target, mesh = TARGETS[device.platform], make_mesh([device])
-    limit = memory_limit(device)
+    limit = memory_limit(jax.devices()[0])
     checkpoint = open_checkpoint(locate(str(model)))
-    abstract = placed(make_model(checkpoint.config, config.weights, target), mesh)
-    check_tensors([weight for _, weight in named_weights(abstract)], checkpoint)
-
-    max_context_len = _context_len(config, checkpoint.config)
-    cache_spec = _cache_spec(config, checkpoint.config, target, max_context_len)
-    if cache_spec.num_pages == 0:
-        probe = _program_spec(config, abstract, replace(cache_spec, num_pages=1), mesh)
-        largest = max(probe.layouts)
-        probe = replace(probe, layouts={largest: probe.layouts[largest]})
-        progress("compiling the largest program, to see how much memory is left for the cache")
-        programs = Programs(probe)
-        programs.compile(progress)
-        programs.close()
-        plan = _memory_plan(probe, cache_spec, programs.temporary_bytes(), limit)
-        cache_spec = replace(cache_spec, num_pages=pages_that_fit(plan, cache_spec))
+    deployment = plan_deployment(checkpoint.config, config)
+    check_tensors([weight for _, weight in named_weights(deployment.model)], checkpoint)
+    if deployment.cache_spec.num_pages == 0:
+        deployment = _fill_with_cache(deployment, limit, progress)
 
     opened = time.monotonic()
-    spec = _program_spec(config, abstract, cache_spec, mesh)
-    programs = Programs(spec)
+    spec = deployment.program_spec()
     # What the shapes alone need is known now; the programs' temporaries once they are compiled.
-    _memory_plan(spec, cache_spec, 0, limit).check()
-    with ThreadPoolExecutor(1) as background:
-        loading = background.submit(_load, abstract, checkpoint, mesh, progress)
-        programs.compile(progress)
-        compiled = time.monotonic()
-        loaded = loading.result()
-    _memory_plan(spec, cache_spec, programs.temporary_bytes(), limit).check()
-    _return_freed_memory()
-    prepared = time.monotonic()
-    runtime = Runtime(programs, replace(spec, model=loaded), cache_spec, max_context_len)
+    deployment.memory_plan(0, limit).check()
+    programs = Programs(spec)
+    try:
+        with ThreadPoolExecutor(1) as background:
+            loading = background.submit(_load, deployment, checkpoint, progress)
+            _prepare(programs, deployment, progress)
+            compiled = time.monotonic()
+            loaded = loading.result()
+        deployment.memory_plan(programs.temporary_bytes(), limit).check()
+        _return_freed_memory()
+        prepared = time.monotonic()
+        spec = replace(spec, model=loaded)
+        runtime = Runtime(programs, spec, deployment.cache_spec, deployment.max_context_len)
+    except BaseException:
+        programs.close()
+        raise
     end = time.monotonic()
     progress(
-        f"ready after {end - start:.1f} s: opened and planned {opened - start:.1f} s, compiled"
+        f"ready after {end - start:.1f} s: opened and planned {opened - start:.1f} s, programs"
         f" {compiled - opened:.1f} s while loading, loaded {prepared - compiled:.1f} s more,"
         f" allocated {end - prepared:.1f} s"
     )
     return runtime
+
+
+def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progress) -> Deployment:
+    """Gives the cache all that the weights and the largest program leave of the device."""
+    probe = deployment.with_pages(1).program_spec()
+    largest = max(probe.layouts)
+    progress("compiling the largest program, to see how much memory is left for the cache")
+    programs = Programs(replace(probe, layouts={largest: probe.layouts[largest]}))
+    try:
+        programs.compile(progress)
+        plan = deployment.memory_plan(programs.temporary_bytes(), limit)
+    finally:
+        programs.close()
+    return deployment.with_pages(pages_that_fit(plan, deployment.cache_spec))
+
+
+def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> None:
+    """Reads compiled programs from the compile cache, or compiles them.
+
+    On a CPU the table is kept in one file and made by another process; elsewhere that process
+    could not have the device, and JAX's own cache keeps each program.
+    """
+    cache, is_cpu = deployment.config.compile_cache, deployment.cache_spec.target.platform == "cpu"
+    if cache is None or not is_cpu:
+        programs.compile(progress)
+        return
+    start = time.monotonic()
+    file = ProgramFile(cache, deployment)
+    table = file.read(deployment.mesh)
+    if table is None:
+        status = compile_apart(deployment, file, progress)
+        table = file.read(deployment.mesh)
+        if table is None:
+            progress(f"the process that compiles ended with status {status}; compiling here")
+            programs.compile(progress)
+            return
+    programs.take(table)
+    progress(f"read {len(table)} compiled programs, {time.monotonic() - start:.1f} s")
 
 
 def _return_freed_memory() -> None:
@@ -164,7 +185,7 @@ def _return_freed_memory() -> None:
         trim(0)
 
 
-def _load(abstract: Decoder, checkpoint: Checkpoint, mesh: Mesh, progress: Progress) -> Decoder:
+def _load(deployment: Deployment, checkpoint: Checkpoint, progress: Progress) -> Decoder:
     start = last = time.monotonic()
 
     def show(done: int, total: int) -> None:
@@ -174,69 +195,7 @@ def _load(abstract: Decoder, checkpoint: Checkpoint, mesh: Mesh, progress: Progr
             last = now
             progress(f"loaded {done} of {total} tensors, {now - start:.1f} s")
 
-    return load_weights(abstract, checkpoint, mesh, show)
-
-
-def _context_len(config: EngineConfig, model: ModelConfig) -> int:
-    wanted = config.max_context_len
-    if wanted is not None and wanted > model.context_len:
-        raise ConfigError(
-            f"got max_context_len={wanted}; this model was made for {model.context_len} tokens at"
-            " most; lower it"
-        )
-    return model.context_len if wanted is None else wanted
-
-
-def _cache_spec(
-    config: EngineConfig, model: ModelConfig, target: Target, max_context_len: int
-) -> CacheSpec:
-    """Returns the cache's shape; with no pages where it is to take what fits."""
-    num_pages = choose_num_pages(config, target.page_size)
-    if num_pages is None:
-        is_cpu = target.platform == "cpu"
-        num_pages = default_cpu_pages(config, target.page_size, max_context_len) if is_cpu else 0
-    return CacheSpec(
-        model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages
-    )
-
-
-def _program_spec(
-    config: EngineConfig, model: Decoder, cache_spec: CacheSpec, mesh: Mesh
-) -> ProgramSpec:
-    max_context_len = _context_len(config, cache_spec.model)
-    pages_per_request = -(-max_context_len // cache_spec.target.page_size)
-    num_eos = len(cache_spec.model.eos_token_ids)
-    buckets = bucket_ladder(
-        config.max_requests, config.max_batch_tokens, cache_spec.target.pads_rows_to
-    )
-    layouts = {
-        bucket: Layout(
-            bucket=bucket,
-            pages_per_request=pages_per_request,
-            num_bans=max_bans(config.limits, num_eos),
-        )
-        for bucket in buckets
-    }
-    state = jax.eval_shape(lambda: init_state(config.max_requests, cache_spec.model.vocab_size))
-    everywhere = replicated(mesh)
-    state = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere), state
-    )
-    return ProgramSpec(
-        model=model, cache=cache_spec.abstract(mesh), state=state, layouts=layouts, mesh=mesh
-    )
-
-
-def _memory_plan(
-    spec: ProgramSpec, cache_spec: CacheSpec, temporaries: int, limit: int | None
-) -> MemoryPlan:
-    return MemoryPlan(
-        weights=num_bytes(spec.model),
-        cache=cache_spec.num_bytes,
-        sampler=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(spec.state)),
-        temporaries=temporaries,
-        limit=limit,
-    )
+    return load_weights(deployment.model, checkpoint, deployment.mesh, show)
 
 
 def _allocate_state(state: SamplerState) -> SamplerState:

@@ -42,6 +42,7 @@ def load_weights(
         axes = weight.get_metadata("axes")
         if "{layer}" not in weight.get_metadata("source"):
             arrays.append(_put(checkpoint, sources[0], weight, sharding(mesh, axes)))
+            progress(done + 1, total)
         else:
             stacked = jnp.zeros(weight.shape, weight.dtype, device=sharding(mesh, axes))
             part = sharding(mesh, axes[1:])
@@ -52,7 +53,6 @@ def load_weights(
                 progress(done + index + 1, total)
             arrays.append(stacked)
         done += len(sources)
-        progress(done, total)
     return jax.tree.unflatten(jax.tree.structure(model), arrays)
 
 

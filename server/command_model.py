@@ -12,14 +12,12 @@ from typing import Any
 import jax
 
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.planner import choose_num_pages, default_cpu_pages, memory_limit
+from pallasite.engine.deployment import plan_deployment
+from pallasite.engine.planner import memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
-from pallasite.models.errors import ConfigError
-from pallasite.models.kv_cache import CacheSpec
-from pallasite.models.registry import make_model
-from pallasite.models.weights import compute_dtype, num_bytes
-from pallasite.pallas_kernels.target import TARGETS, Target
+from pallasite.models.weights import num_bytes
+from pallasite.pallas_kernels.target import TARGETS
 from pallasite.server.arguments import engine_config
 from pallasite.server.progress import progress_printer
 
@@ -50,7 +48,7 @@ def info(args: argparse.Namespace) -> int:
         "compile_cache": _compile_cache(config.compile_cache),
     }
     if args.model is not None:
-        facts |= _model_facts(models_pull.locate(args.model), config, target)
+        facts |= _model_facts(models_pull.locate(args.model), config)
     if args.json:
         print(json.dumps(facts, indent=2))
         return 0
@@ -62,34 +60,25 @@ def info(args: argparse.Namespace) -> int:
 
 
 def _compile_cache(folder: Path | None) -> dict[str, int]:
-    """How many compiled programs a compile cache holds, and their bytes."""
-    files = [] if folder is None else [p for p in folder.glob("*-cache") if p.is_file()]
-    return {"num_programs": len(files), "num_bytes": sum(p.stat().st_size for p in files)}
+    """How many files of compiled programs a compile cache holds, and their bytes."""
+    kinds = ("*.programs", "*-cache")
+    files = [] if folder is None else [path for kind in kinds for path in folder.glob(kind)]
+    return {"num_files": len(files), "num_bytes": sum(path.stat().st_size for path in files)}
 
 
-def _model_facts(path: Path, config: EngineConfig, target: Target) -> dict[str, Any]:
+def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
     """A model's sizes, and the bytes that it takes before any program runs."""
     checkpoint = open_checkpoint(path)
     model = checkpoint.config
-    abstract = make_model(model, config.weights, target)
-    max_context_len = config.max_context_len or model.context_len
-    if max_context_len > model.context_len:
-        raise ConfigError(
-            f"got --max-context-len {max_context_len}; this model was made for"
-            f" {model.context_len} tokens at most; lower it"
-        )
-    num_pages = choose_num_pages(config, target.page_size)
-    if num_pages is None and target.platform == "cpu":
-        num_pages = default_cpu_pages(config, target.page_size, max_context_len)
-    spec = CacheSpec(
-        model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages or 0
-    )
+    deployment = plan_deployment(model, config)
+    spec = deployment.cache_spec
+    num_pages = spec.num_pages or None  # an accelerator's is known once it is compiled
     memory: dict[str, Any] = {
-        "weights_bytes": num_bytes(abstract),
+        "weights_bytes": num_bytes(deployment.model),
         "page_bytes": spec.page_bytes,
-        "cached_token_bytes": spec.page_bytes // target.page_size,
+        "cached_token_bytes": spec.page_bytes // spec.target.page_size,
         "num_pages": num_pages,
-        "cached_tokens": None if num_pages is None else num_pages * target.page_size,
+        "cached_tokens": None if num_pages is None else num_pages * spec.target.page_size,
         "cache_bytes": None if num_pages is None else spec.num_bytes,
         "limit_bytes": memory_limit(jax.devices()[0]),
     }

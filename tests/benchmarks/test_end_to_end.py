@@ -44,7 +44,7 @@ def test_serving_beside_offline(model, tmp_path, compile_cache):
     served, offline = (result[f"{x}_output_throughput"] for x in ("served", "offline"))
     assert len(served["runs"]) == len(offline["runs"]) == 2
     for name in ("served", "offline"):
-        assert all(seconds > 0 for seconds in result[f"{name}_cpu_s"]["runs"])
+        assert all(0 <= seconds < 60 for seconds in result[f"{name}_cpu_s"]["runs"])
         assert len(result[f"{name}_others_cores"]["runs"]) == 2
     ratio = np.median(served["runs"]) / np.median(offline["runs"])
     assert result["served_to_offline"] == pytest.approx(ratio)

@@ -52,7 +52,7 @@ def test_marks_are_the_last_lines_that_match():
     assert marks(SAID) == {
         "first word": 1.0,
         "weights loaded": 3.0,
-        "programs compiled": 4.0,
+        "programs ready": 4.0,
         "listening": 5.0,
     }
 

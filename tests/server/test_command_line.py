@@ -190,7 +190,7 @@ def test_info_counts_a_models_parameters_and_bytes(run, model, flags):
     assert "num parameters" in run("info", model).out
     result = run("info", model, "--max-context-len", TINY.context_len + 1)
     assert result.status == 2
-    assert f"got --max-context-len 513; this model was made for {TINY.context_len}" in result.err
+    assert f"got max_context_len=513; this model was made for {TINY.context_len}" in result.err
 
 
 def test_a_server_gives_the_same_answers(run, model, flags, server, sequences):

@@ -1,0 +1,112 @@
+"""A model on its devices before any memory is taken: what is compiled, and what it will hold."""
+
+from dataclasses import dataclass, replace
+
+import jax
+from jax.sharding import Mesh
+
+from pallasite.engine.batch_builder import max_bans
+from pallasite.engine.config import EngineConfig
+from pallasite.engine.layout import Layout
+from pallasite.engine.planner import MemoryPlan, choose_num_pages, default_cpu_pages
+from pallasite.engine.programs import ProgramSpec, bucket_ladder
+from pallasite.engine.sampler_state import init_state
+from pallasite.models.config import ModelConfig
+from pallasite.models.decoder import Decoder
+from pallasite.models.errors import ConfigError
+from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.registry import make_model
+from pallasite.models.sharding import make_mesh, replicated
+from pallasite.models.weights import compute_dtype, num_bytes, placed
+from pallasite.pallas_kernels.target import TARGETS
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """Shapes and placements alone; the same inputs give the same one in any process.
+
+    Attributes:
+        model: the weights, without memory.
+        cache_spec: of 0 pages where an accelerator's cache is to take what the rest leaves.
+        max_context_len: tokens of one sequence at most.
+    """
+
+    config: EngineConfig
+    model: Decoder
+    mesh: Mesh
+    cache_spec: CacheSpec
+    max_context_len: int
+
+    def with_pages(self, num_pages: int) -> "Deployment":
+        return replace(self, cache_spec=replace(self.cache_spec, num_pages=num_pages))
+
+    def program_spec(self) -> ProgramSpec:
+        """Returns what is to be compiled."""
+        config, model = self.config, self.cache_spec.model
+        everywhere = replicated(self.mesh)
+        state = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            jax.eval_shape(lambda: init_state(config.max_requests, model.vocab_size)),
+        )
+        target = self.cache_spec.target
+        buckets = bucket_ladder(config.max_requests, config.max_batch_tokens, target.pads_rows_to)
+        pages_per_request = -(-self.max_context_len // target.page_size)
+        num_bans = max_bans(config.limits, len(model.eos_token_ids))
+        layouts = {
+            bucket: Layout(bucket=bucket, pages_per_request=pages_per_request, num_bans=num_bans)
+            for bucket in buckets
+        }
+        cache = self.cache_spec.abstract(self.mesh)
+        return ProgramSpec(
+            model=self.model, cache=cache, state=state, layouts=layouts, mesh=self.mesh
+        )
+
+    def memory_plan(self, temporaries: int, limit: int | None) -> MemoryPlan:
+        """Returns the bytes of all that a device holds.
+
+        Args:
+            temporaries: of the largest program; 0 while nothing is compiled.
+        """
+        state = jax.tree.leaves(self.program_spec().state)
+        return MemoryPlan(
+            weights=num_bytes(self.model),
+            cache=self.cache_spec.num_bytes,
+            sampler=sum(leaf.size * leaf.dtype.itemsize for leaf in state),
+            temporaries=temporaries,
+            limit=limit,
+        )
+
+
+def plan_deployment(
+    model: ModelConfig, config: EngineConfig, device: jax.Device | None = None
+) -> Deployment:
+    """Plans a model on a device, or on this process's first one.
+
+    Raises ConfigError where the model cannot be served so.
+    """
+    device = device or jax.devices()[0]
+    target, mesh = TARGETS[device.platform], make_mesh([device])
+    max_context_len = _context_len(config, model)
+    num_pages = choose_num_pages(config, target.page_size)
+    if num_pages is None:
+        is_cpu = target.platform == "cpu"
+        num_pages = default_cpu_pages(config, target.page_size, max_context_len) if is_cpu else 0
+    return Deployment(
+        config=config,
+        model=placed(make_model(model, config.weights, target), mesh),
+        mesh=mesh,
+        cache_spec=CacheSpec(
+            model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages
+        ),
+        max_context_len=max_context_len,
+    )
+
+
+def _context_len(config: EngineConfig, model: ModelConfig) -> int:
+    wanted = config.max_context_len
+    if wanted is not None and wanted > model.context_len:
+        raise ConfigError(
+            f"got max_context_len={wanted}; this model was made for {model.context_len} tokens at"
+            " most; lower it"
+        )
+    return model.context_len if wanted is None else wanted
