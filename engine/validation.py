@@ -81,13 +81,8 @@ def _check_params(params: SamplingParams, bounds: Bounds) -> None:
     _int("sampling.top_k", params.top_k, 0, vocab_size)
     _float("sampling.top_p", params.top_p, least=0.0, most=1.0, excluded=True)
     _float("sampling.min_p", params.min_p, least=0.0, most=1.0)
-    _float(
-        "sampling.repetition_penalty",
-        params.repetition_penalty,
-        least=0.0,
-        most=100.0,
-        excluded=True,
-    )
+    # Logits are multiplied by it and divided by it: neither may leave f32.
+    _float("sampling.repetition_penalty", params.repetition_penalty, least=0.01, most=100.0)
     _float("sampling.presence_penalty", params.presence_penalty, least=-100.0, most=100.0)
     _float("sampling.frequency_penalty", params.frequency_penalty, least=-100.0, most=100.0)
     if params.seed is not None:

@@ -83,6 +83,8 @@ def refused(bounds: Bounds):
         ("sampling.min_p", with_params(min_p=1.1)),
         ("sampling.min_p", with_params(min_p=math.nan)),
         ("sampling.repetition_penalty", with_params(repetition_penalty=0.0)),
+        ("sampling.repetition_penalty", with_params(repetition_penalty=0.0099)),
+        ("sampling.repetition_penalty", with_params(repetition_penalty=1e-40)),
         ("sampling.repetition_penalty", with_params(repetition_penalty=100.1)),
         ("sampling.repetition_penalty", with_params(repetition_penalty=math.inf)),
         ("sampling.presence_penalty", with_params(presence_penalty=100.1)),

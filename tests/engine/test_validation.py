@@ -41,6 +41,7 @@ ALLOWED = {
     "min_p 0": with_params(min_p=0.0),
     "min_p 1": with_params(min_p=1.0),
     "repetition_penalty": with_params(repetition_penalty=100.0),
+    "a low repetition_penalty": with_params(repetition_penalty=0.01),
     "presence_penalty": with_params(presence_penalty=-100.0),
     "frequency_penalty": with_params(frequency_penalty=100.0),
     "the lowest seed": with_params(seed=-(2**63)),
