@@ -1,7 +1,8 @@
 """How long `pallasite serve` takes to be ready, with a cold and with a warm compile cache.
 
 Ready is when gRPC's health says SERVING; the clock starts as the process does. Weights load while
-programs compile, so the marks are of one clock and do not add up.
+programs are read or compiled, so the marks are of one clock and do not add up. CPU time is the
+server's alone, without the process that compiles.
 """
 
 import argparse

@@ -24,8 +24,8 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all. Ties with the k-th are kept.
         top_p: keep the smallest set of most likely tokens whose mass reaches this, in (0, 1].
         min_p: keep tokens at least this times as likely as the likeliest, in [0, 1].
-        repetition_penalty: 0.01 to 100; divides positive and multiplies negative logits of tokens that
-            stand in the prompt or the completion (Keskar et al. 2019).
+        repetition_penalty: 0.01 to 100; divides positive and multiplies negative logits of tokens
+            that stand in the prompt or the completion (Keskar et al. 2019).
         presence_penalty: subtracted once from the logit of each token in the completion.
         frequency_penalty: subtracted per occurrence in the completion.
         logit_bias: token id to a value added to its logit.

@@ -200,7 +200,9 @@ SAMPLING_FLAGS = (
     Flag(
         field="min_p", kind=REAL, help="keep tokens this times as likely as the likeliest, 0 to 1"
     ),
-    Flag(field="repetition_penalty", kind=REAL, help="against tokens that stand before; 0.01 to 100"),
+    Flag(
+        field="repetition_penalty", kind=REAL, help="against tokens that stand before; 0.01 to 100"
+    ),
     Flag(field="presence_penalty", kind=REAL, help="against tokens of the completion, once"),
     Flag(field="frequency_penalty", kind=REAL, help="against tokens of the completion, each time"),
     Flag(field="allowed_token_ids", kind=IDS, help="only these may be sampled", unset="all may be"),
