@@ -4,9 +4,11 @@ What a compiler leaves behind in a process is about a tenth of a gigabyte, which
 back. Here it goes with the process, and the server holds what it serves with and no more.
 """
 
+import os
 import pickle
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,7 @@ import jax
 
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, plan_deployment
-from pallasite.engine.program_file import ProgramFile, jax_settings
+from pallasite.engine.program_file import ProgramFile, content_of, jax_settings
 from pallasite.engine.programs import Programs
 from pallasite.models.config import ModelConfig
 
@@ -43,50 +45,76 @@ def compile_apart(
     """Has a new process write `file`; returns its exit status, None where none could be started.
 
     What it says goes to `progress`, and its errors where this process's go. Whether the file is
-    there is for the caller to see.
+    there is for the caller to see. The process ends when this one does, or `progress` raises.
     """
+    # Other values, such as a device, mean nothing to another process; it will find a name of its
+    # own for the file, and say so.
+    plain = (str, int, float, bool, type(None))
     job = Job(
         model=deployment.cache_spec.model,
         config=deployment.config,
         num_pages=deployment.cache_spec.num_pages,
-        settings=jax_settings(),
+        settings={name: v for name, v in jax_settings().items() if isinstance(v, plain)},
         path=file.path,
     )
-    # -P: the folder that this process was started in is nobody's package.
-    command = [sys.executable, "-P", "-c", f"from {__name__} import main; main()"]
+    code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
     try:
-        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        process = subprocess.Popen(
+            [sys.executable or "python", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
     except OSError:
         return None
     with process:
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            with process.stdin:
-                process.stdin.write(pickle.dumps(job))
+            _tell(process.stdin.fileno(), pickle.dumps(job))
             for line in process.stdout:
                 progress(line.decode().rstrip("\n"))
-        except BrokenPipeError:
-            pass  # it ended early; its status tells
         except BaseException:
             process.kill()
             raise
     return process.returncode
 
 
+def _tell(pipe: int, message: bytes) -> None:
+    try:
+        while message:
+            message = message[os.write(pipe, message) :]
+    except BrokenPipeError:
+        pass  # it ended early; its status tells
+
+
 def main() -> None:
-    """Does the job that stands on the standard input; exits with 1 where it cannot."""
-    job = pickle.loads(sys.stdin.buffer.read())
+    """Does the job that stands on the standard input; exits with 1 where it cannot.
+
+    The standard input's end is the other process's: nobody waits for the programs any more.
+    """
+    job = pickle.load(sys.stdin.buffer)
     assert isinstance(job, Job)
+    threading.Thread(target=_end_with_input, daemon=True).start()
+    settings = jax.config.values
     for name, value in job.settings.items():
-        if jax.config.values[name] != value:
+        if name in settings and settings[name] != value:
             jax.config.update(name, value)
     # XLA cannot write out a CPU program that it has read from JAX's cache.
     jax.config.update("jax_enable_compilation_cache", False)
     deployment = plan_deployment(job.model, job.config).with_pages(job.num_pages)
     file = ProgramFile(job.path.parent, deployment)
     if file.path != job.path:
-        sys.exit("pallasite: the process that compiles sees another JAX or other devices")
-    programs = Programs(deployment.program_spec())
-    programs.compile(lambda line: print(line, flush=True))
-    file.write(programs.table)
+        sys.exit("pallasite: the process that compiles has another JAX, code, settings or devices")
+    try:
+        file.check_folder()
+        programs = Programs(deployment.program_spec())
+        programs.compile(lambda line: print(line, flush=True))
+        with file.replacing() as output:
+            output.write(content_of(programs.table))
+    except OSError as error:
+        sys.exit(f"pallasite: compiled programs cannot be kept in {file.path.parent}: {error}")
+
+
+def _end_with_input() -> None:
+    # Not by sys.stdin: a thread that holds its lock would keep the interpreter from ending.
+    while os.read(0, 1024):
+        pass
+    os._exit(1)

@@ -1,33 +1,40 @@
 """Compiled programs in a file, so that a start neither traces nor compiles.
 
-A file is named by all that its programs depend on: versions, devices, flags, the code of this
-package and the shapes. Nothing of it is true for another; it is never asked for by one.
+A file is named by all that its programs depend on: versions, flags and settings, devices and
+processor, this package's code and the shapes. It is never asked for by a start that differs.
 """
 
+import contextlib
 import hashlib
+import importlib.resources
 import os
 import pickle
 import platform
 import tempfile
-from collections.abc import Mapping
+import time
+import uuid
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import flax
 import jax
 import jaxlib
 from jax.experimental import serialize_executable
-from jax.sharding import Mesh
 
 from pallasite.engine.deployment import Deployment
+from pallasite.engine.layout import Bucket
+from pallasite.models.weights import named_weights
 
-Programs = Mapping[Any, jax.stages.Compiled]
+Table = dict[Bucket | None, jax.stages.Compiled]
 
 MAX_FILES = 64
 """Files kept in one folder; writing one more removes those that were read least recently."""
 
-_PACKAGES = ("engine", "models", "pallas_kernels")
-_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS")
+_FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
+_TORN_S = 3600.0
 _DIGEST_LEN = hashlib.sha256().digest_size
 
 
@@ -39,42 +46,63 @@ class ProgramFile:
 
     def __init__(self, folder: Path, deployment: Deployment) -> None:
         self.path = folder / f"{_key(deployment)}.programs"
+        self._devices = list(deployment.mesh.devices.flat)
 
-    def read(self, mesh: Mesh) -> dict[Any, jax.stages.Compiled] | None:
-        """Returns the programs, on this mesh, or None where there is no whole file of them."""
+    def read(self) -> Table | None:
+        """Returns the programs, or None where there is no whole file of them that JAX takes."""
         try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+            content = memoryview(self.path.read_bytes())
+        except OSError:
             return None
         digest, body = content[:_DIGEST_LEN], content[_DIGEST_LEN:]
         if hashlib.sha256(body).digest() != digest:
             return None
-        os.utime(self.path)
-        devices = list(mesh.devices.flat)
-
-        def load(parts: tuple[bytes, Any, Any]) -> jax.stages.Compiled:
-            serialized, inputs, outputs = parts
-            return serialize_executable.deserialize_and_load(
-                serialized, inputs, outputs, execution_devices=devices
-            )
-
+        with contextlib.suppress(OSError):  # another's, or on a disk that is only read
+            os.utime(self.path)
         parts = pickle.loads(body)
         with ThreadPoolExecutor(2) as pool:
-            return dict(zip(parts, pool.map(load, parts.values()), strict=True))
+            try:
+                return dict(zip(parts, pool.map(self._load, parts.values()), strict=True))
+            except jax.errors.JaxRuntimeError:
+                return None
 
-    def write(self, programs: Programs) -> None:
-        """Writes the programs, all or nothing. They must have been compiled in this process."""
-        body = pickle.dumps(
-            {name: serialize_executable.serialize(program) for name, program in programs.items()}
-        )
+    def check_folder(self) -> None:
+        """Raises OSError where no file can be written."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=self.path.parent).close()
+
+    @contextlib.contextmanager
+    def replacing(self) -> Iterator[BinaryIO]:
+        """Opens a new file, which takes the place of the old one when the block has ended well.
+
+        Raises OSError where it cannot be written.
+        """
         folder = self.path.parent
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, delete=False) as file:
-            file.write(hashlib.sha256(body).digest() + body)
-        os.replace(file.name, self.path)
-        by_age = sorted(folder.glob("*.programs"), key=lambda path: path.stat().st_mtime)
-        for path in by_age[:-MAX_FILES]:
+        new = folder / f"{uuid.uuid4().hex}.new"
+        try:
+            with new.open("wb") as file:
+                yield file
+            os.replace(new, self.path)
+        finally:
+            new.unlink(missing_ok=True)
+        by_age = sorted(folder.glob("*.programs"), key=_used_at)
+        torn = [path for path in folder.glob("*.new") if _used_at(path) < time.time() - _TORN_S]
+        for path in (*by_age[:-MAX_FILES], *torn):
             path.unlink(missing_ok=True)
+
+    def _load(self, parts: tuple[bytes, Any, Any]) -> jax.stages.Compiled:
+        serialized, inputs, outputs = parts
+        return serialize_executable.deserialize_and_load(
+            serialized, inputs, outputs, execution_devices=self._devices
+        )
+
+
+def content_of(table: Table) -> bytes:
+    """Returns what a file holds of programs, all of which were compiled in this process."""
+    body = pickle.dumps(
+        {bucket: serialize_executable.serialize(program) for bucket, program in table.items()}
+    )
+    return hashlib.sha256(body).digest() + body
 
 
 def jax_settings() -> dict[str, Any]:
@@ -83,18 +111,42 @@ def jax_settings() -> dict[str, Any]:
     return {n: v for n, v in jax.config.values.items() if not n.startswith(caches)}
 
 
+def digest_of_code(packages: Iterable[Traversable]) -> str:
+    """Returns a digest of every file of some packages, wherever they lie."""
+    digest = hashlib.sha256()
+    for package in packages:
+        for name, content in _files(package, package.name):
+            digest.update(f"{name} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _files(folder: Traversable, name: str) -> Iterator[tuple[str, bytes]]:
+    for entry in sorted(folder.iterdir(), key=lambda entry: entry.name):
+        within = f"{name}/{entry.name}"
+        if entry.is_file():
+            yield within, entry.read_bytes()
+        elif entry.name != "__pycache__":
+            yield from _files(entry, within)
+
+
+# Taken when the code is imported: what lies on the disk later may be other code than runs here.
+_CODE = digest_of_code(
+    importlib.resources.files(f"pallasite.{name}")
+    for name in ("engine", "models", "pallas_kernels")
+)
+
+
 def _key(deployment: Deployment) -> str:
     spec = deployment.program_spec()
     devices = deployment.mesh.devices.flat
     facts = (
-        jax.__version__,
-        jaxlib.__version__,
+        (jax.__version__, jaxlib.__version__, flax.__version__, _CODE),
         sorted((name, repr(value)) for name, value in jax_settings().items()),
-        [(name, os.environ.get(name)) for name in _FLAGS],
+        [(name, _flags(os.environ.get(name, ""))) for name in _FLAGS],
         [(d.client.platform_version, d.device_kind, d.id) for d in devices],
         _processor(),
-        _code_digest(),
         deployment.cache_spec,
+        [name for name, _ in named_weights(deployment.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.state)],
         sorted(spec.layouts.items()),
@@ -102,21 +154,25 @@ def _key(deployment: Deployment) -> str:
     return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
+def _flags(value: str) -> str:
+    """Returns flags; a value that begins with no dash is the path of a file of them."""
+    is_path = value and not value.lstrip().startswith("-") and Path(value).is_file()
+    return Path(value).read_text() if is_path else value
+
+
 def _processor() -> list[str]:
-    """The host's instruction set: programs for a CPU are made for the one that compiled them."""
+    """The host's instruction set and cores: programs for a CPU are made for those they saw."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else []
     kinds = ("model name", "flags", "Features")
     known = {line for line in lines if line.split("\t")[0].strip() in kinds}
-    return [platform.machine(), platform.processor(), *sorted(known)]
+    has_affinity = hasattr(os, "sched_getaffinity")
+    num_cores = len(os.sched_getaffinity(0)) if has_affinity else os.cpu_count()
+    return [platform.machine(), platform.processor(), str(num_cores), *sorted(known)]
 
 
-def _code_digest() -> str:
-    """The code that decides what the programs are."""
-    root = Path(__file__).resolve().parent.parent
-    digest = hashlib.sha256()
-    for package in _PACKAGES:
-        for path in sorted((root / package).rglob("*.py")):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0")
-            digest.update(path.read_bytes() + b"\0")
-    return digest.hexdigest()
+def _used_at(path: Path) -> float:
+    try:
+        return path.stat().st_mtime
+    except FileNotFoundError:  # another process made room, too
+        return 0.0

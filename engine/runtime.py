@@ -115,7 +115,13 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
     try:
         with ThreadPoolExecutor(1) as background:
             loading = background.submit(_load, deployment, checkpoint, progress)
-            _prepare(programs, deployment, progress)
+
+            def watch(line: str) -> None:
+                progress(line)
+                if loading.done():
+                    loading.result()  # raises now, not after all is compiled
+
+            _prepare(programs, deployment, watch)
             compiled = time.monotonic()
             loaded = loading.result()
         deployment.memory_plan(programs.temporary_bytes(), limit).check()
@@ -159,14 +165,15 @@ def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> 
     if cache is None or not is_cpu:
         programs.compile(progress)
         return
-    start = time.monotonic()
     file = ProgramFile(cache, deployment)
-    table = file.read(deployment.mesh)
+    start = time.monotonic()
+    table = file.read()
     if table is None:
         status = compile_apart(deployment, file, progress)
-        table = file.read(deployment.mesh)
+        start = time.monotonic()
+        table = file.read()
         if table is None:
-            progress(f"the process that compiles ended with status {status}; compiling here")
+            progress(f"the process that compiles left no programs, status {status}; compiling here")
             programs.compile(progress)
             return
     programs.take(table)

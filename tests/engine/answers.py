@@ -14,7 +14,8 @@ from tests.engine.sampler_oracle import exponential_noise, possible_tokens, proc
 from tests.tiny_checkpoints import TINY
 
 ROUNDING = 1e-4
-"""How far, relatively, the engine's f32 may be from float64 after the whole model."""
+"""How far the engine's f32 may be from float64 after the whole model: a logit absolutely, the
+chances of a draw relatively."""
 
 
 def possible_next(
@@ -36,31 +37,31 @@ def assert_same_answers(
     requests: Sequence[Request],
     ours: Sequence[Sequence[int]],
     theirs: Sequence[Sequence[int]],
-) -> None:
-    """Each completion's tokens, in order, n a request, are the same, but for a tie."""
+) -> int:
+    """Each completion's tokens, in order, n a request, are the same, but for a tie in a few.
+
+    Returns in how many. They are whole answers, or begin as such.
+    """
     completions = [(r, index) for r in requests for index in range(r.params.n)]
+    num_ties = 0
     for (request, index), one, other in zip(completions, ours, theirs, strict=True):
         if tuple(one) != tuple(other):
-            assert_tie(request, one, other, index)
+            num_ties += 1
+            if request.params.ignore_eos:
+                assert len(one) == len(other)
+            assert_allowed(request, one, index)
+            assert_allowed(request, other, index)
+    assert num_ties <= 1 + len(completions) // 50
+    return num_ties
 
 
-def num_ties(ours: Sequence[Sequence[int]], theirs: Sequence[Sequence[int]]) -> int:
-    """Returns how many answers part, once `assert_same_answers` has found them the same."""
-    return sum(tuple(one) != tuple(other) for one, other in zip(ours, theirs, strict=True))
-
-
-def assert_tie(request: Request, one: Sequence[int], other: Sequence[int], index: int = 0) -> None:
-    """Where two unequal answers part, the definitions allow both tokens."""
-    num_same = next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
-    output = tuple(one[:num_same])
-    # What ended an answer is no token of it.
-    parting = {ids[num_same] if num_same < len(ids) else _EOS for ids in (one, other)}
-    logits = ORACLE.logits((*request.prompt_ids, *output))[-1]
-    possible = possible_next(request.prompt_ids, request.params, index, output, logits)
-    assert parting <= possible, (request, index, num_same, parting, possible)
+def assert_allowed(request: Request, ids: Sequence[int], index: int = 0) -> None:
+    """Every token of an answer is one that its definition allows after those before it."""
+    prompt, params = request.prompt_ids, request.params
+    logits = ORACLE.logits((*prompt, *ids))[len(prompt) - 1 :]
+    for place, token_id in enumerate(ids):
+        possible = possible_next(prompt, params, index, ids[:place], logits[place])
+        assert token_id in possible, (request, index, place, token_id, possible)
 
 
 def banned(params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> list[int]:
@@ -78,6 +79,3 @@ def seed_of(params: SamplingParams, index: int) -> int:
     assert params.seed is not None
     mixed = params.seed + index * 0x9E3779B97F4A7C15
     return (mixed ^ (mixed >> 32)) & 0xFFFFFFFF
-
-
-_EOS = TINY.eos_token_ids[0]

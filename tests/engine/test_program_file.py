@@ -1,18 +1,27 @@
 """Programs that one process compiles and others read: the right ones, whole, or none."""
 
 import hashlib
+import os
+import platform
+import shutil
 import subprocess
 import sys
+import time
+import zipfile
 from dataclasses import replace
+from pathlib import Path
 
+import flax
 import jax
+import jaxlib
 import pytest
+from jax.experimental import serialize_executable
 
-from pallasite.engine import Engine, EngineConfig, compile_process, program_file
+from pallasite.engine import Engine, EngineConfig, compile_process, program_file, runtime
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.deployment import plan_deployment
 from pallasite.engine.planner import MemoryPlan
-from pallasite.engine.program_file import ProgramFile
+from pallasite.engine.program_file import ProgramFile, content_of, digest_of_code
 from pallasite.engine.programs import Programs
 from pallasite.models.errors import ConfigError
 from tests.engine.harness import ORACLE, greedy, random_prompt, tokens
@@ -25,6 +34,16 @@ SMALL = EngineConfig(
 
 def _digest(body):
     return hashlib.sha256(body).digest()
+
+
+def _raise(error):
+    raise error
+
+
+def _umask():
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 @pytest.fixture
@@ -94,6 +113,84 @@ def test_a_file_that_is_not_whole_is_made_again(checkpoint, tmp_path, said, rng,
     assert file.stat().st_size > 100_000
 
 
+@pytest.mark.parametrize("refuses", ["JAX", "the disk"])
+def test_a_file_that_cannot_be_used_is_made_again_or_done_without(
+    checkpoint, tmp_path, said, rng, monkeypatch, refuses
+):
+    load(checkpoint, tmp_path, said).close()
+    said.clear()
+    if refuses == "JAX":
+
+        def refuse(*_, **__):
+            raise jax.errors.JaxRuntimeError("made by another")
+
+        monkeypatch.setattr(serialize_executable, "deserialize_and_load", refuse)
+    else:
+        monkeypatch.setattr(Path, "read_bytes", lambda _: _raise(PermissionError("not yours")))
+    answers(load(checkpoint, tmp_path, said), rng)
+    assert count(said, "left no programs, status 0; compiling here") == 1
+
+
+def test_a_file_of_another_user_is_read(checkpoint, tmp_path, said, rng, monkeypatch):
+    load(checkpoint, tmp_path, said).close()
+    [file] = tmp_path.glob("*.programs")
+    assert file.stat().st_mode & 0o777 == 0o666 & ~_umask()
+    said.clear()
+    monkeypatch.setattr(os, "utime", lambda *_: _raise(PermissionError("not yours")))
+    answers(load(checkpoint, tmp_path, said), rng)
+    assert count(said, "compiled program 2 of 3") == 0
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(checkpoint, tmp_path, said, rng, capfd):
+    folder = tmp_path / "file"
+    folder.touch()
+    deployment = plan_deployment(TINY, SMALL)
+    file = ProgramFile(folder, deployment)
+    assert file.read() is None
+    assert compile_apart(deployment, file, said.append) == 1
+    assert said == [], "nothing is compiled in vain"
+    assert "cannot be kept in" in capfd.readouterr().err
+
+
+def test_what_cannot_be_written_whole_leaves_nothing(tmp_path):
+    file = ProgramFile(tmp_path, plan_deployment(TINY, SMALL))
+    file.path.write_bytes(b"old")
+
+    def fill():
+        with file.replacing() as output:
+            output.write(b"half")
+            raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="full"):
+        fill()
+    assert [p.read_bytes() for p in tmp_path.iterdir()] == [b"old"]
+
+
+def test_a_load_that_fails_ends_the_other_process(checkpoint, tmp_path, said, monkeypatch):
+    monkeypatch.setattr(runtime, "_load", lambda *_: _raise(ConfigError("a torn tensor")))
+    with pytest.raises(ConfigError, match="a torn tensor"):
+        load(checkpoint, tmp_path, said)
+    assert count(said, "compiled program") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_other_process_ends_with_this_one(checkpoint, tmp_path):
+    script = (
+        "import os, signal, sys; from pallasite.engine import Engine, EngineConfig\n"
+        "from pathlib import Path\n"
+        f"config = EngineConfig(compile_cache=Path({str(tmp_path)!r}), num_pages=64)\n"
+        "def die(line):\n"
+        "    if 'compiled program' in line: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"Engine.load({str(checkpoint)!r}, config, die)"
+    )
+    start = time.monotonic()
+    # The output's end is when the last process that could write to it has ended.
+    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
+    assert ended.returncode == -9
+    assert time.monotonic() - start < 120
+    assert list(tmp_path.glob("*.programs")) == []
+
+
 @pytest.mark.parametrize("way", ["it fails", "it cannot be started", "it sees another JAX"])
 def test_where_the_other_process_leaves_nothing_we_say_so_and_compile_here(
     checkpoint, tmp_path, said, rng, monkeypatch, capfd, way
@@ -111,7 +208,7 @@ def test_where_the_other_process_leaves_nothing_we_say_so_and_compile_here(
     else:
         monkeypatch.setattr(compile_process, "jax_settings", dict)
     answers(load(checkpoint, tmp_path, said), rng)
-    assert count(said, f"the process that compiles ended with status {status}") == 1
+    assert count(said, f"the process that compiles left no programs, status {status}") == 1
     assert count(said, "compiled program 2 of 3") == 1
     assert list(tmp_path.glob("*.programs")) == []
     if way == "it sees another JAX":
@@ -189,12 +286,52 @@ def test_other_flags_settings_code_or_processors_have_other_names(tmp_path, monk
         names.add(path(tmp_path))
     finally:
         jax.config.update("jax_default_matmul_precision", before)
-    for function in ("_code_digest", "_processor"):
+    with monkeypatch.context() as patch:
+        patch.setattr(program_file, "_CODE", "another")
+        names.add(path(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "sched_getaffinity", lambda pid: {0})
+        names.add(path(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(platform, "machine", lambda: "another")
+        names.add(path(tmp_path))
+    for module in (jax, jaxlib, flax):
         with monkeypatch.context() as patch:
-            patch.setattr(program_file, function, lambda: "another")
+            patch.setattr(module, "__version__", "0.0.0")
             names.add(path(tmp_path))
-    assert len(names) == 5
+    assert len(names) == 9
     assert path(tmp_path) in names
+
+
+def test_the_content_of_a_file_of_flags_is_in_the_name(tmp_path, monkeypatch):
+    flags = tmp_path / "flags"
+    monkeypatch.setenv("XLA_FLAGS", str(flags))
+    names = {path(tmp_path)}
+    for content in ("--xla_a", "--xla_b"):
+        flags.write_text(content)
+        names.add(path(tmp_path))
+    assert len(names) == 3
+
+
+def test_the_code_is_digested_file_by_file(tmp_path):
+    code = tmp_path / "engine"
+    shutil.copytree(Path(program_file.__file__).parent, code)
+    digests = [digest_of_code([code])]
+    (code / "step.py").write_bytes((code / "step.py").read_bytes() + b"\n")
+    digests.append(digest_of_code([code]))
+    (code / "step.py").rename(code / "step2.py")
+    digests.append(digest_of_code([code]))
+    (code / "within").mkdir()
+    (code / "within" / "body.so").write_bytes(b"\0")
+    digests.append(digest_of_code([code]))
+    assert len(set(digests)) == 4
+    (code / "__pycache__").mkdir(exist_ok=True)
+    (code / "__pycache__" / "step.pyc").write_bytes(b"whatever")
+    assert digest_of_code([code]) == digests[-1]
+    archive = zipfile.ZipFile(
+        shutil.make_archive(str(tmp_path / "code"), "zip", tmp_path, "engine")
+    )
+    assert digest_of_code([zipfile.Path(archive, "engine/")]) == digests[-1]
 
 
 def test_jaxs_own_cache_is_no_part_of_the_name(tmp_path):
@@ -213,16 +350,31 @@ def test_the_files_read_least_recently_make_room(checkpoint, tmp_path, said, mon
     programs = Programs(deployment.program_spec())
     programs.compile(said.append)
     programs.close()
-    mesh = deployment.mesh
     files = [ProgramFile(tmp_path, deployment.with_pages(num_pages)) for num_pages in (8, 9, 10)]
+
+    def write(file):
+        with file.replacing() as output:
+            output.write(content_of(programs.table))
+
     for file in files[:2]:
-        file.write(programs.table)
-    assert files[0].read(mesh).keys() == programs.table.keys()
-    files[2].write(programs.table)
-    assert files[1].read(mesh) is None
-    assert files[0].read(mesh) is not None
-    assert files[2].read(mesh) is not None
-    assert len(list(tmp_path.iterdir())) == 2, "nothing half written is left"
+        write(file)
+    assert files[0].read().keys() == programs.table.keys()
+    write(files[2])
+    assert files[1].read() is None
+    assert files[0].read() is not None
+    assert files[2].read() is not None
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_a_killed_process_left_is_removed_in_time(tmp_path):
+    file = ProgramFile(tmp_path, plan_deployment(TINY, SMALL))
+    old, young = tmp_path / "a.new", tmp_path / "b.new"
+    for path_ in (old, young):
+        path_.write_bytes(b"half")
+    os.utime(old, (0, time.time() - 3700))
+    with file.replacing() as output:
+        output.write(b"whole")
+    assert sorted(tmp_path.iterdir()) == sorted([young, file.path])
 
 
 def test_a_load_that_fails_late_stops_counting_compilations(checkpoint, monkeypatch, said):

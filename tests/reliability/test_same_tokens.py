@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import replace
 
 from pallasite.server import client as door_client
-from tests.engine.answers import assert_same_answers, num_ties
+from tests.engine.answers import assert_same_answers
 from tests.engine.harness import (
     MAIN,
     TIGHT,
@@ -31,7 +31,7 @@ def test_a_pool_of_a_third_of_the_demand_gives_the_large_pools_tokens(
     assert TIGHT.num_pages < 0.3 * demand
     before = small.metrics.num_preemptions
     ours, theirs = tokens(small.generate(requests)), tokens(large.generate(requests))
-    assert_same_answers(requests, ours, theirs)
+    num_ties = assert_same_answers(requests, ours, theirs)
     num_preemptions = small.metrics.num_preemptions - before
     assert num_preemptions > repetitions(8, 250)
     figures(
@@ -39,7 +39,7 @@ def test_a_pool_of_a_third_of_the_demand_gives_the_large_pools_tokens(
         pool_to_demand=round(TIGHT.num_pages / demand, 2),
         preemptions=num_preemptions,
         differences=0,
-        ties=num_ties(ours, theirs),
+        ties=num_ties,
     )
 
 
@@ -77,13 +77,11 @@ async def test_every_way_to_compute_a_prompt_gives_the_same_tokens(
     }
     async with door(engine) as client:
         ways["over gRPC"] = await asyncio.gather(*[over_grpc(client, p) for p in prompts])
-    ties = 0
+    num_ties = 0
     for answers in ways.values():
-        assert_same_answers(asked(), answers, alone)
-        ties += num_ties(answers, alone)
+        num_ties += assert_same_answers(asked(), answers, alone)
     shared, twice = tokens(engine.generate(asked(n=2))), [ids for ids in alone for _ in range(2)]
-    assert_same_answers(asked(n=2), shared, twice)
-    ties += num_ties(shared, twice)
+    num_ties += assert_same_answers(asked(n=2), shared, twice)
 
     drawn = [
         replace(r, params=replace(r.params, temperature=1.0, top_p=0.95, seed=i))
@@ -91,8 +89,7 @@ async def test_every_way_to_compute_a_prompt_gives_the_same_tokens(
     ]
     once = tokens(engine.generate(drawn))
     for again in (tokens(engine.generate(drawn)), tokens(tight.generate(drawn))):
-        assert_same_answers(drawn, again, once)
-        ties += num_ties(again, once)
+        num_ties += assert_same_answers(drawn, again, once)
     assert len(set(alone)) > 0.9 * count, "answers depend on their prompts"
     preemptions = tight.metrics.num_preemptions - before
-    figures(prompts=count, ways=7, preemptions=preemptions, differences=0, ties=ties)
+    figures(prompts=count, ways=7, preemptions=preemptions, differences=0, ties=num_ties)

@@ -6,7 +6,7 @@ from pallasite.engine import Request
 from pallasite.engine import SamplingParams as EngineParams
 from pallasite.server.client import SamplingParams
 from pallasite.server.tokenizer import load_tokenizer
-from tests.engine.answers import assert_tie
+from tests.engine.answers import assert_allowed
 from tests.engine.harness import random_prompt
 from tests.tiny_checkpoints import TINY
 
@@ -70,11 +70,13 @@ async def test_deltas_are_the_text_and_stop_texts_are_cut_exactly(
         cut_texts, cut_ids, cut_finishes = await read(again)
         request = Request(prompt_ids=tuple(prompt), params=EngineParams(**fields(number)))
         for index, text in texts.items():
-            same = token_ids[index][: len(cut_ids[index])]
-            if cut_ids[index] != same:
-                assert_tie(request, cut_ids[index], same, index)
+            if cut_ids[index] != token_ids[index][: len(cut_ids[index])]:
+                assert_allowed(request, cut_ids[index], index)
+                assert_allowed(request, token_ids[index], index)
                 num_ties += 1
-                continue
+                text = tokenizer.decode(
+                    [i for i in cut_ids[index] if i < tokenizer.vocab_size], skips_special=True
+                )
             assert cut_texts[index] == text.partition(stop)[0]
             if stop in text:
                 num_stopped += 1
@@ -90,7 +92,8 @@ async def test_deltas_are_the_text_and_stop_texts_are_cut_exactly(
             await asyncio.gather(*[stream_twice(client, number) for number in numbers])
     assert TINY.vocab_size > tokenizer.vocab_size, "some ids have no text"
     assert num_stopped > count // 2
-    assert min(num_split, num_whole) > count // 4
+    assert num_ties <= 1 + count // 50
+    assert min(num_split, num_whole) > count // 4  # of about two texts a stream
     figures(
         streams=2 * count,
         cut_by_a_stop_text=num_stopped,
