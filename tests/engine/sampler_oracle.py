@@ -37,13 +37,13 @@ def processed(
 def kept(x: np.ndarray, params: SamplingParams, slack: float = 0.0) -> np.ndarray:
     """Returns bool[V]: what min_p, top_k and top_p leave of processed logits.
 
-    A slack moves the cuts of min_p and top_p by this share and that of top_k by this much,
-    outwards where it is positive.
+    A slack moves the cuts of min_p and top_p by this share, outwards where it is positive, and that
+    of top_k outwards by this much.
     """
     ratio = np.exp((x - x.max()) / float(np.float32(params.temperature)))
     keep = np.isfinite(x) & (ratio >= min(1.0, float(np.float32(params.min_p)) * (1 - slack)))
     if 0 < params.top_k < len(x):
-        keep &= x >= np.sort(x)[-params.top_k] - slack
+        keep &= x >= np.sort(x)[-params.top_k] - max(slack, 0.0)
     if params.top_p < 1.0:
         order = np.argsort(-np.where(keep, x, -np.inf), kind="stable")
         mass = np.cumsum(np.where(keep, ratio, 0.0)[order])
