@@ -4,39 +4,23 @@ What a compiler leaves behind in a process is about a tenth of a gigabyte, which
 back. Here it goes with the process, and the server holds what it serves with and no more.
 """
 
+import json
 import os
-import pickle
 import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from pallasite.engine.config import EngineConfig
+from pallasite.engine.config import EngineConfig, Limits
 from pallasite.engine.deployment import Deployment, plan_deployment
-from pallasite.engine.program_file import ProgramFile, content_of, jax_settings
+from pallasite.engine.program_file import ProgramFile, jax_settings
 from pallasite.engine.programs import Programs
-from pallasite.models.config import ModelConfig
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """What the process is told.
-
-    Attributes:
-        settings: JAX's, which it takes over.
-        path: of the file that is wanted.
-    """
-
-    model: ModelConfig
-    config: EngineConfig
-    num_pages: int
-    settings: dict[str, Any]
-    path: Path
+from pallasite.models.config import ModelConfig, RopeScaling
 
 
 def compile_apart(
@@ -50,13 +34,13 @@ def compile_apart(
     # Other values, such as a device, mean nothing to another process; it will find a name of its
     # own for the file, and say so.
     plain = (str, int, float, bool, type(None))
-    job = Job(
-        model=deployment.cache_spec.model,
-        config=deployment.config,
-        num_pages=deployment.cache_spec.num_pages,
-        settings={name: v for name, v in jax_settings().items() if isinstance(v, plain)},
-        path=file.path,
-    )
+    job = {
+        "model": asdict(deployment.cache_spec.model),
+        "config": asdict(replace(deployment.config, compile_cache=None)),
+        "num_pages": deployment.cache_spec.num_pages,
+        "settings": {name: v for name, v in jax_settings().items() if isinstance(v, plain)},
+        "path": str(file.path),
+    }
     code = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import main; main()"
     try:
         process = subprocess.Popen(
@@ -68,7 +52,7 @@ def compile_apart(
         assert process.stdin is not None
         assert process.stdout is not None
         try:
-            _tell(process.stdin.fileno(), pickle.dumps(job))
+            _tell(process.stdin.fileno(), json.dumps(job).encode() + b"\n")
             for line in process.stdout:
                 progress(line.decode().rstrip("\n"))
         except BaseException:
@@ -90,27 +74,42 @@ def main() -> None:
 
     The standard input's end is the other process's: nobody waits for the programs any more.
     """
-    job = pickle.load(sys.stdin.buffer)
-    assert isinstance(job, Job)
+    job = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=_end_with_input, daemon=True).start()
     settings = jax.config.values
-    for name, value in job.settings.items():
+    for name, value in job["settings"].items():
         if name in settings and settings[name] != value:
             jax.config.update(name, value)
     # XLA cannot write out a CPU program that it has read from JAX's cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    deployment = plan_deployment(job.model, job.config).with_pages(job.num_pages)
-    file = ProgramFile(job.path.parent, deployment)
-    if file.path != job.path:
+    deployment = plan_deployment(_model(job["model"]), _config(job["config"]))
+    deployment = deployment.with_pages(job["num_pages"])
+    path = Path(job["path"])
+    file = ProgramFile(path.parent, deployment)
+    if file.path != path:
         sys.exit("pallasite: the process that compiles has another JAX, code, settings or devices")
     try:
         file.check_folder()
         programs = Programs(deployment.program_spec())
         programs.compile(lambda line: print(line, flush=True))
-        with file.replacing() as output:
-            output.write(content_of(programs.table))
+        file.write(programs.serialized())
     except OSError as error:
         sys.exit(f"pallasite: compiled programs cannot be kept in {file.path.parent}: {error}")
+
+
+def _model(fields: dict[str, Any]) -> ModelConfig:
+    scaling = fields["rope_scaling"]
+    return ModelConfig(
+        **fields
+        | {
+            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
+            "eos_token_ids": tuple(fields["eos_token_ids"]),
+        }
+    )
+
+
+def _config(fields: dict[str, Any]) -> EngineConfig:
+    return EngineConfig(**fields | {"limits": Limits(**fields["limits"])})
 
 
 def _end_with_input() -> None:

@@ -8,50 +8,51 @@ import contextlib
 import hashlib
 import importlib.resources
 import os
-import pickle
 import platform
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.resources.abc import Traversable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import flax
 import jax
 import jaxlib
-from jax.experimental import serialize_executable
 
 from pallasite.engine.deployment import Deployment
-from pallasite.engine.layout import Bucket
 from pallasite.models.weights import named_weights
-
-Table = dict[Bucket | None, jax.stages.Compiled]
 
 MAX_FILES = 64
 """Files kept in one folder; writing one more removes those that were read least recently."""
 
 _FLAGS = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NPROC", "PJRT_NPROC")
 _TORN_S = 3600.0
+_SIZE_LEN = 8
 _DIGEST_LEN = hashlib.sha256().digest_size
 
 
 class ProgramFile:
     """Where one deployment's programs are kept.
 
-    Whoever may write the folder may run code as whoever reads it, as with any compiled program.
+    What it holds is run by whoever reads it, as any compiled program is.
     """
 
     def __init__(self, folder: Path, deployment: Deployment) -> None:
         self.path = folder / f"{_key(deployment)}.programs"
-        self._devices = list(deployment.mesh.devices.flat)
 
-    def read(self) -> Table | None:
-        """Returns the programs, or None where there is no whole file of them that JAX takes."""
+    def read(self) -> list[memoryview] | None:
+        """Returns the serialized programs, or None where there is no whole file that is trusted.
+
+        Trusted is a file that nobody but this process's user and the system's owner could write.
+        """
         try:
-            content = memoryview(self.path.read_bytes())
+            with self.path.open("rb") as file:
+                status = os.fstat(file.fileno())
+                if status.st_uid not in (0, os.geteuid()) or status.st_mode & 0o022:
+                    return None
+                content = memoryview(file.read())
         except OSError:
             return None
         digest, body = content[:_DIGEST_LEN], content[_DIGEST_LEN:]
@@ -59,29 +60,21 @@ class ProgramFile:
             return None
         with contextlib.suppress(OSError):  # another's, or on a disk that is only read
             os.utime(self.path)
-        parts = pickle.loads(body)
-        with ThreadPoolExecutor(2) as pool:
-            try:
-                return dict(zip(parts, pool.map(self._load, parts.values()), strict=True))
-            except jax.errors.JaxRuntimeError:
-                return None
+        return _split(body)
 
     def check_folder(self) -> None:
         """Raises OSError where no file can be written."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=self.path.parent).close()
 
-    @contextlib.contextmanager
-    def replacing(self) -> Iterator[BinaryIO]:
-        """Opens a new file, which takes the place of the old one when the block has ended well.
-
-        Raises OSError where it cannot be written.
-        """
+    def write(self, serialized: Sequence[bytes]) -> None:
+        """Writes serialized programs, all or nothing. Raises OSError where it cannot."""
+        body = b"".join(len(program).to_bytes(_SIZE_LEN, "big") + program for program in serialized)
         folder = self.path.parent
         new = folder / f"{uuid.uuid4().hex}.new"
         try:
-            with new.open("wb") as file:
-                yield file
+            with open(os.open(new, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644), "wb") as file:
+                file.write(hashlib.sha256(body).digest() + body)
             os.replace(new, self.path)
         finally:
             new.unlink(missing_ok=True)
@@ -90,19 +83,14 @@ class ProgramFile:
         for path in (*by_age[:-MAX_FILES], *torn):
             path.unlink(missing_ok=True)
 
-    def _load(self, parts: tuple[bytes, Any, Any]) -> jax.stages.Compiled:
-        serialized, inputs, outputs = parts
-        return serialize_executable.deserialize_and_load(
-            serialized, inputs, outputs, execution_devices=self._devices
-        )
 
-
-def content_of(table: Table) -> bytes:
-    """Returns what a file holds of programs, all of which were compiled in this process."""
-    body = pickle.dumps(
-        {bucket: serialize_executable.serialize(program) for bucket, program in table.items()}
-    )
-    return hashlib.sha256(body).digest() + body
+def _split(body: memoryview) -> list[memoryview]:
+    programs = []
+    while body:
+        size = int.from_bytes(body[:_SIZE_LEN], "big")
+        programs.append(body[_SIZE_LEN : _SIZE_LEN + size])
+        body = body[_SIZE_LEN + size :]
+    return programs
 
 
 def jax_settings() -> dict[str, Any]:

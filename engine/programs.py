@@ -4,14 +4,16 @@ A bucket that the table lacks, and any compilation in this process after `seal`,
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.monitoring
 import numpy as np
+from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
@@ -80,18 +82,37 @@ class Programs:
                 progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
             self._edit = edit.result()
 
-    @property
-    def table(self) -> dict[Bucket | None, jax.stages.Compiled]:
-        """Every compiled program; the one that edits a slot has no bucket."""
+    def serialized(self) -> list[bytes]:
+        """Returns the programs for `take`. All must have been compiled in this process."""
         assert self._edit is not None, "compile() comes first"
-        table: dict[Bucket | None, jax.stages.Compiled] = {None: self._edit}
-        return table | self._steps
+        programs = [self._edit, *(self._steps[bucket] for bucket in self.buckets)]
+        return [serialize_executable.serialize(program)[0] for program in programs]
 
-    def take(self, table: dict[Bucket | None, jax.stages.Compiled]) -> None:
-        """Makes a table of the same spec, which another process compiled, this one's."""
-        assert table.keys() == {None, *self._spec.layouts}
-        self._edit = table[None]
-        self._steps = {bucket: table[bucket] for bucket in self._spec.layouts}
+    def take(self, serialized: Sequence[bytes | memoryview], num_threads: int = 2) -> None:
+        """Takes over what another `Programs` of the same spec has serialized.
+
+        JAX reads machine code and a pickle from these bytes: they are to be trusted as code is.
+        Raises jax.errors.JaxRuntimeError where they are not this JAX's.
+        """
+        spec = self._spec
+        weights = jax.tree.leaves(spec.model)
+        # The inputs' and outputs' trees, as `lower` below has them.
+        trees: list[tuple[Any, Any]] = [((spec.state, self._abstract_edit()), spec.state)]
+        for bucket in self.buckets:
+            inputs = (weights, spec.cache, spec.state, self._words(bucket))
+            trees.append((inputs, (spec.cache, spec.state, 0, 0)))
+        devices = list(spec.mesh.devices.flat)
+
+        def load(content: bytes | memoryview, tree: tuple[Any, Any]) -> jax.stages.Compiled:
+            inputs, outputs = jax.tree.structure((tree[0], {})), jax.tree.structure(tree[1])
+            return serialize_executable.deserialize_and_load(
+                bytes(content), inputs, outputs, execution_devices=devices
+            )
+
+        assert len(serialized) == len(trees)
+        with ThreadPoolExecutor(num_threads) as pool:
+            self._edit, *steps = pool.map(load, serialized, trees)
+        self._steps = dict(zip(self.buckets, steps, strict=True))
 
     def seal(self) -> None:
         """Ends compilation."""
@@ -129,13 +150,21 @@ class Programs:
         spec, layout = self._spec, self._spec.layouts[bucket]
         weights, structure = jax.tree.flatten(spec.model)
         everywhere = replicated(spec.mesh)
-        words = jax.ShapeDtypeStruct((layout.num_words,), np.int32, sharding=everywhere)
         states = jax.tree.map(lambda leaf: leaf.sharding, spec.state)
         outputs = (spec.cache.sharding, states, everywhere, everywhere)
         step = jax.jit(make_step(structure, layout), donate_argnums=(1, 2), out_shardings=outputs)
-        return step.lower(weights, spec.cache, spec.state, words).compile()
+        return step.lower(weights, spec.cache, spec.state, self._words(bucket)).compile()
 
     def _compile_edit(self) -> jax.stages.Compiled:
+        states = jax.tree.map(lambda leaf: leaf.sharding, self._spec.state)
+        program = jax.jit(edit_slot, donate_argnums=0, out_shardings=states)
+        return program.lower(self._spec.state, self._abstract_edit()).compile()
+
+    def _words(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
+        num_words = self._spec.layouts[bucket].num_words
+        return jax.ShapeDtypeStruct((num_words,), np.int32, sharding=replicated(self._spec.mesh))
+
+    def _abstract_edit(self) -> SlotEdit:
         everywhere = replicated(self._spec.mesh)
 
         def each(dtype: type) -> jax.ShapeDtypeStruct:
@@ -144,7 +173,7 @@ class Programs:
         def one(dtype: type) -> jax.ShapeDtypeStruct:
             return jax.ShapeDtypeStruct((), dtype, sharding=everywhere)
 
-        edit = SlotEdit(
+        return SlotEdit(
             slot=one(np.int32),
             resets=one(np.bool_),
             bias_fill=one(np.float32),
@@ -154,9 +183,6 @@ class Programs:
             sets_bias=each(np.bool_),
             bias=each(np.float32),
         )
-        states = jax.tree.map(lambda leaf: leaf.sharding, self._spec.state)
-        program = jax.jit(edit_slot, donate_argnums=0, out_shardings=states)
-        return program.lower(self._spec.state, edit).compile()
 
     def _on_event(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
         if event == _COMPILE_EVENT and self._is_sealed:

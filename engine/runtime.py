@@ -166,18 +166,27 @@ def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> 
         programs.compile(progress)
         return
     file = ProgramFile(cache, deployment)
+    if _take(programs, file, progress):
+        return
+    status = compile_apart(deployment, file, progress)
+    if not _take(programs, file, progress):
+        progress(f"the process that compiles left no programs, status {status}; compiling here")
+        programs.compile(progress)
+
+
+def _take(programs: Programs, file: ProgramFile, progress: Progress) -> bool:
+    """Takes the programs of a file; returns whether there are any that JAX takes."""
     start = time.monotonic()
-    table = file.read()
-    if table is None:
-        status = compile_apart(deployment, file, progress)
-        start = time.monotonic()
-        table = file.read()
-        if table is None:
-            progress(f"the process that compiles left no programs, status {status}; compiling here")
-            programs.compile(progress)
-            return
-    programs.take(table)
-    progress(f"read {len(table)} compiled programs, {time.monotonic() - start:.1f} s")
+    serialized = file.read()
+    if serialized is None:
+        return False
+    try:
+        programs.take(serialized)
+    except jax.errors.JaxRuntimeError as error:
+        progress(f"compiled programs in {file.path} cannot be used: {error}")
+        return False
+    progress(f"read {len(serialized)} compiled programs, {time.monotonic() - start:.1f} s")
+    return True
 
 
 def _return_freed_memory() -> None:
