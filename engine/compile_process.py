@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,12 @@ from pallasite.engine.config import EngineConfig, Limits
 from pallasite.engine.deployment import Deployment, plan_deployment
 from pallasite.engine.program_file import ProgramFile, jax_settings
 from pallasite.engine.programs import Programs
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
+
+_CONFIGS: dict[str, type] = {
+    config.__name__: config
+    for config in (EngineConfig, Limits, ModelConfig, Llama3Rope, LinearRope, LongRope)
+}
 
 
 def compile_apart(
@@ -35,8 +40,8 @@ def compile_apart(
     # own for the file, and say so.
     plain = (str, int, float, bool, type(None))
     job = {
-        "model": asdict(deployment.cache_spec.model),
-        "config": asdict(replace(deployment.config, compile_cache=None)),
+        "model": _plain(deployment.cache_spec.model),
+        "config": _plain(replace(deployment.config, compile_cache=None)),
         "num_pages": deployment.cache_spec.num_pages,
         "settings": {name: v for name, v in jax_settings().items() if isinstance(v, plain)},
         "path": str(file.path),
@@ -82,7 +87,7 @@ def main() -> None:
             jax.config.update(name, value)
     # XLA cannot write out a CPU program that it has read from JAX's cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    deployment = plan_deployment(_model(job["model"]), _config(job["config"]))
+    deployment = plan_deployment(_made(job["model"]), _made(job["config"]))
     deployment = deployment.with_pages(job["num_pages"])
     path = Path(job["path"])
     file = ProgramFile(path.parent, deployment)
@@ -97,19 +102,20 @@ def main() -> None:
         sys.exit(f"pallasite: compiled programs cannot be kept in {file.path.parent}: {error}")
 
 
-def _model(fields: dict[str, Any]) -> ModelConfig:
-    scaling = fields["rope_scaling"]
-    return ModelConfig(
-        **fields
-        | {
-            "rope_scaling": None if scaling is None else RopeScaling(**scaling),
-            "eos_token_ids": tuple(fields["eos_token_ids"]),
-        }
-    )
+def _plain(value: Any) -> Any:
+    """Returns a config as JSON can hold it: dataclasses by name, tuples as lists."""
+    if is_dataclass(value):
+        parts = {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {"type": type(value).__name__, "fields": parts}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 
-def _config(fields: dict[str, Any]) -> EngineConfig:
-    return EngineConfig(**fields | {"limits": Limits(**fields["limits"])})
+def _made(value: Any) -> Any:
+    """Makes a config of what `_plain` returned."""
+    if isinstance(value, dict):
+        parts = {name: _made(part) for name, part in value["fields"].items()}
+        return _CONFIGS[value["type"]](**parts)
+    return tuple(_made(item) for item in value) if isinstance(value, list) else value
 
 
 def _end_with_input() -> None:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from pallasite.models.config import WeightForm
 from pallasite.models.errors import ConfigError
+from pallasite.models.forms import BaseForm
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class EngineConfig:
             keeps none. Whoever may write it may run code here.
     """
 
-    weights: WeightForm = "bf16"
+    weights: BaseForm = "bf16"
     max_requests: int = 32
     max_context_len: int | None = None
     max_batch_tokens: int = 512

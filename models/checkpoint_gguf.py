@@ -21,7 +21,7 @@ from pallasite.models.checkpoint_fields import (
     check_layers,
     shown,
 )
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import Llama3Rope, ModelConfig
 from pallasite.models.errors import CheckpointError
 from pallasite.models.gguf_file import GgufFile
 
@@ -187,7 +187,7 @@ class GgufCheckpoint:
         check_layers(config, {int(layer[1]) for layer in layers if layer})
         return config
 
-    def _read_rope_scaling(self, head_width: int, rope_theta: float) -> RopeScaling | None:
+    def _read_rope_scaling(self, head_width: int, rope_theta: float) -> Llama3Rope | None:
         if ROPE_FACTORS not in self._file.tensors:
             return None
         if (shape := self._file.tensors[ROPE_FACTORS].shape) != (head_width // 2,):
@@ -250,7 +250,7 @@ def separate_halves(rows: np.ndarray, num_heads: int) -> None:
         head[len(head) // 2 :] = pairs[1::2]
 
 
-def rope_divisors(scaling: RopeScaling, head_width: int, rope_theta: float) -> np.ndarray:
+def rope_divisors(scaling: Llama3Rope, head_width: int, rope_theta: float) -> np.ndarray:
     """Returns what Llama 3's scaling divides each rope frequency by, float64 [H/2].
 
     Source: "The Llama 3 Herd of Models" (2024), as Meta's released code defines it.
@@ -265,7 +265,7 @@ def _frequencies(head_width: int, rope_theta: float) -> np.ndarray:
     return rope_theta ** (-np.arange(0, head_width, 2) / head_width)
 
 
-def recover_rope_scaling(divisors: np.ndarray, rope_theta: float) -> RopeScaling | None:
+def recover_rope_scaling(divisors: np.ndarray, rope_theta: float) -> Llama3Rope | None:
     """Finds the scaling that has these divisors of the rope's frequencies, [H/2].
 
     The part of a frequency that is kept is linear in it between the kept and the stretched ones;
@@ -297,7 +297,7 @@ def recover_rope_scaling(divisors: np.ndarray, rope_theta: float) -> RopeScaling
     span = length / slope
     # Round settings only where they are the settings: those of float32 divisors are off by less.
     for rounded, tolerance in ((_rounded, 2e-7), (float, 2e-5)):
-        scaling = RopeScaling(
+        scaling = Llama3Rope(
             factor=factor,
             low_frequency_factor=rounded(-at_zero * span),
             high_frequency_factor=rounded((1.0 - at_zero) * span),

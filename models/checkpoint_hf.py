@@ -18,7 +18,7 @@ from pallasite.models.checkpoint_fields import (
     shown,
 )
 from pallasite.models.checkpoint_safetensors import SafetensorsFile
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import Llama3Rope, ModelConfig
 from pallasite.models.errors import CheckpointError
 
 # `architectures` of config.json to the registry's family.
@@ -198,7 +198,7 @@ def _refuse_unsupported(fields: Fields) -> None:
         raise fields.error("quantization_config", "only plain floats are supported in a folder")
 
 
-def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
+def _read_rope(fields: Fields) -> tuple[float, Llama3Rope | None]:
     """Reads the rope's base and scaling from either form.
 
     Until transformers 5, `rope_theta` and `rope_scaling` stand on their own; from 5 on,
@@ -218,7 +218,7 @@ def _read_rope(fields: Fields) -> tuple[float, RopeScaling | None]:
     return theta, scaling
 
 
-def _read_rope_scaling(fields: Fields) -> RopeScaling | None:
+def _read_rope_scaling(fields: Fields) -> Llama3Rope | None:
     kind = fields.text("rope_type", fields.text("type", "default"))
     if kind not in _ROPE_SETTINGS:
         raise CheckpointError(
@@ -235,7 +235,7 @@ def _read_rope_scaling(fields: Fields) -> RopeScaling | None:
         raise fields.error("partial_rotary_factor", "only 1.0 is supported")
     if kind == "default":
         return None
-    scaling = RopeScaling(
+    scaling = Llama3Rope(
         factor=fields.number("factor"),
         low_frequency_factor=fields.number("low_freq_factor"),
         high_frequency_factor=fields.number("high_freq_factor"),

@@ -1,16 +1,12 @@
 """What a model is, in numbers. Frozen and static: every program is compiled for one of these."""
 
 from dataclasses import dataclass
-from typing import Literal
 
 from pallasite.models.errors import ConfigError
 
-WeightForm = Literal["f32", "bf16"]
-"""How the weights of matrix products are held. Quantized forms join here and in `layers.linear`."""
-
 
 @dataclass(frozen=True, kw_only=True)
-class RopeScaling:
+class Llama3Rope:
     """Llama 3's scaling of rope frequencies for long contexts.
 
     Wavelengths longer than original_context_len / low_frequency_factor are stretched by `factor`,
@@ -22,6 +18,33 @@ class RopeScaling:
     low_frequency_factor: float
     high_frequency_factor: float
     original_context_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearRope:
+    """Every wavelength is stretched by `factor` (position interpolation, Chen et al. 2023)."""
+
+    factor: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongRope:
+    """LongRoPE (Ding et al. 2024): each pair of a head's dimensions has a factor of its own.
+
+    Attributes:
+        short_factors, long_factors: what each wavelength is stretched by, one a pair; the long ones
+            where a model serves more than original_context_len tokens.
+        original_context_len: the context that the model was trained on first.
+        attention_factor: sines and cosines are multiplied by it.
+    """
+
+    short_factors: tuple[float, ...]
+    long_factors: tuple[float, ...]
+    original_context_len: int
+    attention_factor: float
+
+
+RopeScaling = Llama3Rope | LinearRope | LongRope
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,13 +60,20 @@ class ModelConfig:
         num_query_heads: N.
         num_kv_heads: K; N is a multiple of it.
         head_width: H.
-        context_len: the longest sequence that the model was made for.
+        context_len: the longest sequence that the model is served with.
         norm_epsilon: added to the mean square in each norm.
         rope_theta: the base of the rope frequencies.
         rope_scaling: how they are stretched, or None.
+        rotary_width: how many of a head's dimensions, the first ones, rope turns; None for all.
+        query_scale: what scores are multiplied by; None for H ** -0.5.
+        windows: for each layer how many positions a query sees, itself included, None for all;
+            empty where every layer sees all.
+        local_rope_theta: the base, unscaled, in layers that have a window; None for rope_theta.
         ties_embedding: whether the output head is the embedding.
         eos_token_ids: ids that end a sequence, from the checkpoint's generation settings.
         bos_token_id: the id that begins a sequence, or None.
+        stored_forms: rules (pattern, form) of the weights that the checkpoint holds quantized, as
+            in `models/forms.py`; the first that matches a weight's name counts.
     """
 
     family: str
@@ -58,9 +88,14 @@ class ModelConfig:
     norm_epsilon: float
     rope_theta: float
     rope_scaling: RopeScaling | None = None
+    rotary_width: int | None = None
+    query_scale: float | None = None
+    windows: tuple[int | None, ...] = ()
+    local_rope_theta: float | None = None
     ties_embedding: bool = False
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
+    stored_forms: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (
@@ -84,9 +119,46 @@ class ModelConfig:
                 f"got head_width={self.head_width}; rope needs an even one; mend the"
                 " checkpoint's config"
             )
-        for name in ("norm_epsilon", "rope_theta"):
-            if not getattr(self, name) > 0:
+        for name in ("norm_epsilon", "rope_theta", "query_scale", "local_rope_theta"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
                 raise ConfigError(
-                    f"got {name}={getattr(self, name)}; it must be > 0; mend the checkpoint's"
-                    " config"
+                    f"got {name}={value}; it must be > 0; mend the checkpoint's config"
                 )
+        self._check_rope()
+        if self.windows and len(self.windows) != self.num_layers:
+            raise ConfigError(
+                f"got windows of {len(self.windows)} layers; the model has {self.num_layers}; mend"
+                " the checkpoint's config"
+            )
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ConfigError(
+                f"got a window of {min(w for w in self.windows if w is not None)}; a query sees"
+                " itself at least; mend the checkpoint's config"
+            )
+
+    @property
+    def num_rotated(self) -> int:
+        """A head's dimensions that rope turns."""
+        return self.head_width if self.rotary_width is None else self.rotary_width
+
+    @property
+    def attention_scale(self) -> float:
+        """What the scores of queries and keys are multiplied by."""
+        return self.head_width**-0.5 if self.query_scale is None else self.query_scale
+
+    def _check_rope(self) -> None:
+        width = self.num_rotated
+        if not 0 < width <= self.head_width or width % 2:
+            raise ConfigError(
+                f"got rotary_width={width}; it must be even, and from 2 to the head's"
+                f" {self.head_width}; mend the checkpoint's config"
+            )
+        scaling = self.rope_scaling
+        if isinstance(scaling, LongRope):
+            for factors in (scaling.short_factors, scaling.long_factors):
+                if len(factors) != width // 2:
+                    raise ConfigError(
+                        f"got {len(factors)} rope factors; a head has {width // 2} pairs; mend the"
+                        " checkpoint's config"
+                    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
 from pallasite.pallas_kernels.storage import decode
 
 
@@ -55,26 +55,59 @@ def rms_norm(
     return x * jax.lax.rsqrt(mean_square + epsilon) * scale
 
 
-def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "pairs"]:
-    """Returns the rotation in radians a position, for each pair of a head's dimensions."""
-    exponents = np.arange(0, config.head_width, 2, dtype=np.float64) / config.head_width
-    frequencies = 1.0 / config.rope_theta**exponents
-    if config.rope_scaling is not None:
-        frequencies = _scale_frequencies(frequencies, config.rope_scaling)
-    return frequencies.astype(np.float32)
+def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "L pairs"]:
+    """Returns, for each layer, the radians a position that each pair of dimensions turns by."""
+    everywhere = _scaled(config, _frequencies(config, config.rope_theta))
+    table = np.tile(everywhere, (config.num_layers, 1))
+    if config.local_rope_theta is not None:
+        is_local = [window is not None for window in config.windows]
+        table[np.flatnonzero(is_local)] = _frequencies(config, config.local_rope_theta)
+    return table.astype(np.float32)
 
 
 def rope(
-    x: Float[Array, "T N H"], positions: Int[Array, "T"], frequencies: Float[np.ndarray, "pairs"]
+    x: Float[Array, "T N H"],
+    positions: Int[Array, "T"],
+    frequencies: Float[Array, "pairs"],
+    factor: float = 1.0,
 ) -> Float[Array, "T N H"]:
-    """Rotary position embedding (Su et al. 2021), a head's halves being the pairs."""
-    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
-    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
-    first, second = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin), axis=-1)
+    """Rotary position embedding (Su et al. 2021), the halves of what is turned being the pairs.
+
+    The first 2 * pairs dimensions of a head are turned, and multiplied by `factor`.
+    """
+    num_rotated = 2 * frequencies.shape[0]
+    turned, rest = x[..., :num_rotated], x[..., num_rotated:]
+    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
+    cos, sin = factor * jnp.cos(angles)[:, None, :], factor * jnp.sin(angles)[:, None, :]
+    first, second = jnp.split(turned, 2, axis=-1)
+    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
 
 
-def _scale_frequencies(frequencies: np.ndarray, scaling: RopeScaling) -> np.ndarray:
+def rope_factor(config: ModelConfig) -> float:
+    """Returns what sines and cosines are multiplied by."""
+    scaling = config.rope_scaling
+    return scaling.attention_factor if isinstance(scaling, LongRope) else 1.0
+
+
+def _frequencies(config: ModelConfig, theta: float) -> np.ndarray:
+    exponents = np.arange(0, config.num_rotated, 2, dtype=np.float64) / config.num_rotated
+    return 1.0 / theta**exponents
+
+
+def _scaled(config: ModelConfig, frequencies: np.ndarray) -> np.ndarray:
+    match config.rope_scaling:
+        case None:
+            return frequencies
+        case Llama3Rope() as scaling:
+            return _scale_as_llama3(frequencies, scaling)
+        case LinearRope(factor=factor):
+            return frequencies / factor
+        case LongRope() as scaling:
+            is_long = config.context_len > scaling.original_context_len
+            return frequencies / (scaling.long_factors if is_long else scaling.short_factors)
+
+
+def _scale_as_llama3(frequencies: np.ndarray, scaling: Llama3Rope) -> np.ndarray:
     """Llama 3.1's rule: stretch long wavelengths, keep short ones, blend between."""
     wavelengths = 2 * math.pi / frequencies
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor

@@ -1,6 +1,7 @@
 """The Llama family: SmolLM2, Llama 3.x (Touvron et al. 2023, Grattafiori et al. 2024)."""
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallasite.models.config import ModelConfig
@@ -46,7 +47,7 @@ class LlamaLayers(DecoderLayers):
             q = linear(h, self.q[...]).reshape(heads)
             k = fine_linear(h, self.k[...]).reshape(heads)
             v = fine_linear(h, self.v[...]).reshape(heads)
-            frequencies = rope_frequencies(config)
+            frequencies = jnp.asarray(rope_frequencies(config)[0])
             q, k = rope(q, positions, frequencies), rope(k, positions, frequencies)
             mixed, cache = attend(q, k, v, cache)
             x = x + linear(mixed.reshape(x.shape[0], -1), self.o[...])

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 
-from pallasite.models.config import ModelConfig, WeightForm
+from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
+from pallasite.models.forms import BaseForm
 from pallasite.models.llama import Llama
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.target import Target
@@ -14,7 +15,7 @@ FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
 }
 
 
-def make_model(config: ModelConfig, form: WeightForm, target: Target) -> Decoder:
+def make_model(config: ModelConfig, form: BaseForm, target: Target) -> Decoder:
     """Returns the abstract model of a config: shapes, dtypes, axes and no memory."""
     if config.family not in FAMILIES:
         raise ConfigError(

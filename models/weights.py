@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from pallasite.models.config import WeightForm
+from pallasite.models.forms import BaseForm
 from pallasite.models.sharding import sharding
 from pallasite.pallas_kernels.storage import storage_dtype
 from pallasite.pallas_kernels.target import Target
@@ -20,7 +20,7 @@ from pallasite.pallas_kernels.target import Target
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
-def compute_dtype(form: WeightForm) -> jnp.dtype:
+def compute_dtype(form: BaseForm) -> jnp.dtype:
     """Returns what the inputs of matrix products, and the cache, are rounded to."""
     return jnp.dtype({"f32": jnp.float32, "bf16": jnp.bfloat16}[form])
 
@@ -32,7 +32,7 @@ class Weight(nnx.Param):
 class Declare:
     """Declares the weights of one model in one form for one target."""
 
-    def __init__(self, form: WeightForm, target: Target) -> None:
+    def __init__(self, form: BaseForm, target: Target) -> None:
         self._dtype = compute_dtype(form)
         self._stacked_dtype = storage_dtype(self._dtype, target)
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors.numpy import save_file
 
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import Llama3Rope, ModelConfig
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CHAT_TEMPLATE = (
@@ -156,7 +156,7 @@ def hf_config(config: ModelConfig) -> dict[str, object]:
     }
 
 
-def hf_rope_scaling(scaling: RopeScaling) -> dict[str, object]:
+def hf_rope_scaling(scaling: Llama3Rope) -> dict[str, object]:
     """Returns the object that config.json holds for a scaled rope."""
     return {
         "rope_type": "llama3",
@@ -301,7 +301,7 @@ def interleave_rows(rows: np.ndarray, num_heads: int) -> np.ndarray:
     return np.stack([halves[:, 0], halves[:, 1]], axis=2).reshape(rows.shape)
 
 
-def llama3_divisors(scaling: RopeScaling, head_width: int, rope_theta: float) -> np.ndarray:
+def llama3_divisors(scaling: Llama3Rope, head_width: int, rope_theta: float) -> np.ndarray:
     """Returns what each rope frequency is divided by, float32 [H/2], one at a time.
 
     Worded by wavelengths, as Meta's released code is; ours is worded by turns.

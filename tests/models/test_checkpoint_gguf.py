@@ -13,7 +13,7 @@ from pallasite.models.checkpoint_gguf import (
     rope_divisors,
     separate_halves,
 )
-from pallasite.models.config import RopeScaling
+from pallasite.models.config import Llama3Rope
 from pallasite.models.errors import CheckpointError
 from pallasite.models.gguf_file import GgufFile
 from tests.models.gguf_bytes import (
@@ -38,7 +38,7 @@ from tests.tiny_checkpoints import (
 
 TENSORS = random_tensors(TINY, seed=7)
 WRITABLE = ["F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
-LLAMA3 = RopeScaling(
+LLAMA3 = Llama3Rope(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_len=8192
 )
 
@@ -258,7 +258,7 @@ class TestRopeScaling:
             head_width = int(rng.choice([8, 16, 64, 128]))
             rope_theta = float(rng.choice([1e4, 5e5]))
             low = float(rng.uniform(0.5, 4.0))
-            scaling = RopeScaling(
+            scaling = Llama3Rope(
                 factor=float(rng.uniform(1.5, 40.0)),
                 low_frequency_factor=low,
                 high_frequency_factor=low * float(rng.uniform(1.2, 20.0)),

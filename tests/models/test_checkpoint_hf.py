@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pallasite.models.checkpoint_hf import HfCheckpoint
-from pallasite.models.config import RopeScaling
+from pallasite.models.config import Llama3Rope
 from pallasite.models.errors import CheckpointError
 from tests.tiny_checkpoints import (
     TINY,
@@ -23,7 +23,7 @@ from tests.tiny_checkpoints import (
 )
 
 TENSORS = random_tensors(TINY, seed=7)
-LLAMA3 = RopeScaling(
+LLAMA3 = Llama3Rope(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_len=8192
 )
 

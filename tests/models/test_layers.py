@@ -7,12 +7,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallasite.models.config import RopeScaling
+from pallasite.models.config import Llama3Rope
 from pallasite.models.layers import embed, fine_linear, linear, rms_norm, rope, rope_frequencies
 from tests.tiny_checkpoints import TINY, llama3_divisors
 
 EPS = np.finfo(np.float32).eps
-LLAMA31 = RopeScaling(
+LLAMA31 = Llama3Rope(
     factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_len=8192
 )
 
@@ -104,7 +104,7 @@ def test_rms_norm_of_zeros_is_zeros():
 
 def test_rope_frequencies_without_scaling():
     expected = [10000.0 ** (-2 * i / 16) for i in range(8)]
-    np.testing.assert_allclose(rope_frequencies(TINY), expected, rtol=EPS)
+    np.testing.assert_allclose(rope_frequencies(TINY), [expected] * 2, rtol=EPS)
 
 
 @pytest.mark.parametrize("theta", [500000.0, 10000.0])
@@ -116,14 +116,14 @@ def test_rope_frequencies_with_llama3_scaling(theta):
     assert divisors.min() == 1.0
     assert divisors.max() == 8.0
     assert ((divisors > 1.0) & (divisors < 8.0)).sum() >= 5
-    np.testing.assert_allclose(rope_frequencies(config), plain / divisors, rtol=4 * EPS)
+    np.testing.assert_allclose(rope_frequencies(config)[1], plain / divisors, rtol=4 * EPS)
 
 
 def test_rope_turns_each_pair_by_its_angle(rng):
-    frequencies = rope_frequencies(TINY)
+    frequencies = rope_frequencies(TINY)[0]
     x = rng.standard_normal((6, 3, 16)).astype(np.float32)
     positions = np.array([0, 1, 2, 100, 511, 8000], np.int32)
-    y = np.asarray(rope(jnp.asarray(x), jnp.asarray(positions), frequencies))
+    y = np.asarray(rope(jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies)))
     # A pair of dimensions as one complex number.
     pairs = x[..., :8].astype(np.float64) + 1j * x[..., 8:]
     turned = pairs * np.exp(1j * positions[:, None, None] * frequencies.astype(np.float64))
@@ -135,12 +135,15 @@ def test_rope_turns_each_pair_by_its_angle(rng):
 
 
 def test_rope_makes_scores_depend_on_distance_alone(rng):
-    frequencies = rope_frequencies(TINY)
+    frequencies = rope_frequencies(TINY)[0]
     q, k = rng.standard_normal((2, 1, 1, 16)).astype(np.float32)
 
     def score(q_position, k_position):
         at = [jnp.asarray([p], jnp.int32) for p in (q_position, k_position)]
-        turned = (rope(jnp.asarray(x), p, frequencies) for x, p in zip((q, k), at, strict=True))
+        turned = (
+            rope(jnp.asarray(x), p, jnp.asarray(frequencies))
+            for x, p in zip((q, k), at, strict=True)
+        )
         return float(np.vdot(*(np.asarray(x) for x in turned)))
 
     assert score(130, 127) == pytest.approx(score(3, 0), abs=1e-4)

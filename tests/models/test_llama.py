@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from pallasite.models.checkpoint import open_checkpoint
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import Llama3Rope, ModelConfig
 from pallasite.models.decoder import forward, unembed
 from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
@@ -32,7 +32,7 @@ LLAMA31_8B = ModelConfig(
     context_len=131072,
     norm_epsilon=1e-5,
     rope_theta=500000.0,
-    rope_scaling=RopeScaling(
+    rope_scaling=Llama3Rope(
         factor=8.0, low_frequency_factor=1.0, high_frequency_factor=4.0, original_context_len=8192
     ),
 )

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallasite.models.checkpoint import open_checkpoint
-from pallasite.models.config import WeightForm
 from pallasite.models.decoder import Decoder, forward, unembed
+from pallasite.models.forms import BaseForm
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import load_weights
 from pallasite.models.registry import make_model
@@ -27,7 +27,7 @@ MAX_LEN = 256
 class Forward:
     """A loaded model, its cache and two programs: a decode step, and `size` tokens of prefill."""
 
-    def __init__(self, path: Path, form: WeightForm, size: int) -> None:
+    def __init__(self, path: Path, form: BaseForm, size: int) -> None:
         self._size = size
         checkpoint = open_checkpoint(path)
         mesh = make_mesh(jax.devices("cpu")[:1])

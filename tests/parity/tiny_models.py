@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pallasite.models.config import ModelConfig, RopeScaling
+from pallasite.models.config import Llama3Rope, ModelConfig
 from tests.tiny_checkpoints import TINY, random_tensors
 
 NUM_TOKENS = 140
@@ -51,7 +51,7 @@ TINY_MODELS = {
         config=replace(
             _BASE,
             rope_theta=500.0,
-            rope_scaling=RopeScaling(
+            rope_scaling=Llama3Rope(
                 factor=8.0,
                 low_frequency_factor=1.0,
                 high_frequency_factor=4.0,

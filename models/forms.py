@@ -1,0 +1,88 @@
+"""In what form a weight is held: as floats or quantized, chosen by rules over weights' names."""
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from pallasite.models.errors import ConfigError
+
+BaseForm = Literal["f32", "bf16"]
+"""The form of weights that no rule names, and what the inputs of products are rounded to."""
+
+DEFAULT_INT4_GROUP = 32
+
+Rule = tuple[str, str]
+"""A regular expression that is searched for in a weight's name, and the form of what it finds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """How a matrix `[out, in]` is held.
+
+    Attributes:
+        kind: "f32" and "bf16" are floats, "fp8" is float8_e4m3fn; the rest are integers with
+            scales.
+        group: how many of a row's neighbours share one scale; None for the whole row.
+        quantizes_inputs: whether what it is multiplied with is rounded to int8 too, with a scale a
+            token, or one a token and group.
+    """
+
+    kind: Literal["f32", "bf16", "fp8", "int8", "int4"]
+    group: int | None = None
+    quantizes_inputs: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        return self.kind not in ("f32", "bf16")
+
+    def __str__(self) -> str:
+        name = "w8a8" if self.quantizes_inputs else self.kind
+        return name if self.group is None else f"{name}:{self.group}"
+
+
+def parse_form(text: str) -> Form:
+    """Reads "f32", "bf16", "fp8", "int8", "int8:64", "w8a8", "w8a8:64", "int4" or "int4:64".
+
+    The number is the group; int4 without one has groups of 32. Raises ConfigError.
+    """
+    name, colon, group = text.partition(":")
+    takes_group = name in ("int8", "w8a8", "int4")
+    is_known = takes_group or name in ("f32", "bf16", "fp8")
+    has_group = re.fullmatch(r"[1-9][0-9]{0,4}", group) and int(group) % 2 == 0
+    if not is_known or (colon and not (takes_group and has_group)):
+        raise ConfigError(
+            f"got the weight form {text[:40]!r}; allowed are f32, bf16, fp8, int8, w8a8 and int4,"
+            " the last three also with an even group, as in int4:64; choose one"
+        )
+    if name == "int4":
+        return Form(kind="int4", group=int(group) if colon else DEFAULT_INT4_GROUP)
+    size = int(group) if colon else None
+    if name == "w8a8":
+        return Form(kind="int8", group=size, quantizes_inputs=True)
+    return Form(kind=name, group=size)  # type: ignore[arg-type]
+
+
+def check_rules(rules: Sequence[Rule]) -> None:
+    """Raises ConfigError for a rule whose pattern or form cannot be read."""
+    for pattern, form in rules:
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise ConfigError(
+                f"got the weight pattern {pattern[:80]!r}, which is no regular expression"
+                f" ({error}); allowed is one as in Python's re; mend it"
+            ) from None
+        parse_form(form)
+
+
+def form_of(name: str, rules: Iterable[Rule]) -> Form | None:
+    """Returns the form that the first rule to match gives a weight, None where none does.
+
+    `name` is the weight's Hugging Face name without ".weight" and with "*" for the layer's number,
+    as in "model.layers.*.self_attn.q_proj".
+    """
+    for pattern, form in rules:
+        if re.search(pattern, name):
+            return parse_form(form)
+    return None
