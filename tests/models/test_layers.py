@@ -139,6 +139,7 @@ def test_rope_makes_scores_depend_on_distance_alone(rng):
     q, k = rng.standard_normal((2, 1, 1, 16)).astype(np.float32)
 
     def score(q_position, k_position):
+        table = jnp.asarray(frequencies)
         at = [jnp.asarray([p], jnp.int32) for p in (q_position, k_position)]
         turned = (
             rope(jnp.asarray(x), p, jnp.asarray(frequencies))
