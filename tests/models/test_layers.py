@@ -141,10 +141,7 @@ def test_rope_makes_scores_depend_on_distance_alone(rng):
     def score(q_position, k_position):
         table = jnp.asarray(frequencies)
         at = [jnp.asarray([p], jnp.int32) for p in (q_position, k_position)]
-        turned = (
-            rope(jnp.asarray(x), p, jnp.asarray(frequencies))
-            for x, p in zip((q, k), at, strict=True)
-        )
+        turned = (rope(jnp.asarray(x), p, table) for x, p in zip((q, k), at, strict=True))
         return float(np.vdot(*(np.asarray(x) for x in turned)))
 
     assert score(130, 127) == pytest.approx(score(3, 0), abs=1e-4)
