@@ -102,9 +102,9 @@ class StepDriver:
         words = self._builder.build(plan, bucket, self._eos)
         times.append(clock())
         cpu_start_s = time.process_time()
-        results, _ = self._runtime.run(bucket, words)
+        results, _ = self._runtime.run(bucket, words[None])
         times.append(clock())
-        host_results = np.asarray(results)
+        host_results = np.asarray(results)[0]
         times.append(clock())
         cpu_s = time.process_time() - cpu_start_s
         self._committer.commit(plan, host_results, None, _no_lease)
@@ -128,7 +128,7 @@ class StepDriver:
         request = sequence.request
         edits = slot_edits(request.params, request.prompt_ids, [], sequence.slot, EDIT_TOKENS)
         for edit in edits:
-            self._runtime.edit(edit)
+            self._runtime.edit(edit, 0)
 
 
 def time_buckets(

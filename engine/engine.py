@@ -293,7 +293,7 @@ class Engine:
     def _launch(self, plan: Plan) -> _Launched:
         bucket = self._runtime.bucket_for(plan)
         words = self._builder.build(plan, bucket, self.model_config.eos_token_ids)
-        results, scores = self._runtime.run(bucket, words)
+        results, scores = self._runtime.run(bucket, words[None])
         results.copy_to_host_async()
         metrics = self.metrics
         metrics.num_steps += 1
@@ -308,12 +308,12 @@ class Engine:
         output_ids = sequence.token_ids[len(prompt_ids) :]
         params = sequence.request.params
         for edit in slot_edits(params, prompt_ids, output_ids, sequence.slot, EDIT_TOKENS):
-            self._runtime.edit(edit)
+            self._runtime.edit(edit, 0)
 
     def _commit(self, launched: _Launched) -> None:
         # The one read of a step. Scores, which few steps have, are read beside it.
-        results = np.asarray(launched.results)
-        scores = None if launched.scores is None else np.asarray(launched.scores)
+        results = np.asarray(launched.results)[0]
+        scores = None if launched.scores is None else np.asarray(launched.scores)[0]
         num_tokens = self._committer.commit(launched.plan, results, scores, self._leases.grant)
         self.metrics.generation_tokens += num_tokens
 

@@ -27,7 +27,8 @@ from pallasite.models.decoder import Decoder
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import check_tensors, load_weights
 from pallasite.models.pull import locate
-from pallasite.models.weights import named_weights
+from pallasite.models.sharding import DATA_AXIS
+from pallasite.pallas_kernels.paged_attention import PagedCache
 
 Progress = Callable[[str], None]
 
@@ -48,14 +49,19 @@ class Runtime:
         self.layouts = spec.layouts
         self._spec = spec
         self._weights: list[jax.Array] = jax.tree.leaves(spec.model)
-        self._cache: jax.Array | None = None
+        self._cache: PagedCache | None = None
         self._state: SamplerState | None = None
         self.reset()
         programs.seal()
 
     @property
     def model_config(self) -> ModelConfig:
-        return self.cache_spec.model
+        return self.cache_spec.partition.config
+
+    @property
+    def num_shards(self) -> int:
+        """Data shards: each has slots, pages and rows of a step of its own."""
+        return self._spec.mesh.shape[DATA_AXIS]
 
     @property
     def page_size(self) -> int:
@@ -79,13 +85,16 @@ class Runtime:
         self.programs.step(wanted)
         return wanted
 
-    def edit(self, edit: SlotEdit) -> None:
-        """Prepares a slot for a sequence."""
+    def edit(self, edit: SlotEdit, shard: int) -> None:
+        """Prepares a slot of a data shard for a sequence."""
         assert self._state is not None
-        self._state = self.programs.edit(self._state, edit)
+        self._state = self.programs.edit(self._state, edit, shard)
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Launches a step; returns its results and its prompt scores, still on the device."""
+        """Launches a step on the words `[d, W]` of d data shards.
+
+        Returns its results `[d, B, R]` and its prompt scores `[d, T, R]`, still on the devices.
+        """
         assert self._cache is not None
         assert self._state is not None
         step = self.programs.step(bucket)
@@ -103,7 +112,9 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
     limit = memory_limit(jax.devices()[0])
     checkpoint = open_checkpoint(locate(str(model)))
     deployment = plan_deployment(checkpoint.config, config)
-    check_tensors([weight for _, weight in named_weights(deployment.model)], checkpoint)
+    check_tensors(deployment.model, checkpoint)
+    for note in deployment.model.partition.notes():
+        progress(note)
     if deployment.cache_spec.num_pages == 0:
         deployment = _fill_with_cache(deployment, limit, progress)
 
@@ -143,7 +154,7 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
 
 def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progress) -> Deployment:
     """Gives the cache all that the weights and the largest program leave of the device."""
-    probe = deployment.with_pages(1).program_spec()
+    probe = deployment.with_pages(deployment.config.mesh.data).program_spec()
     largest = max(probe.layouts)
     progress("compiling the largest program, to see how much memory is left for the cache")
     programs = Programs(replace(probe, layouts={largest: probe.layouts[largest]}))
@@ -152,7 +163,7 @@ def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progre
         plan = deployment.memory_plan(programs.temporary_bytes(), limit)
     finally:
         programs.close()
-    return deployment.with_pages(pages_that_fit(plan, deployment.cache_spec))
+    return deployment.with_pages(pages_that_fit(plan) * deployment.config.mesh.data)
 
 
 def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> None:

@@ -179,7 +179,7 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
     whole = tokens(engine.generate(crowd))
     edit, num_failed = engine._runtime.edit, 0
 
-    def fail(slot_edit):
+    def fail(slot_edit, shard):
         nonlocal num_failed
         num_failed += 1
         raise OverflowError("a value that no array holds")
