@@ -21,6 +21,7 @@ class BatchBuilder:
         }
         self._page_table = np.zeros((num_slots, pages_per_request), np.int32)
         self._num_pages = np.zeros(num_slots, np.int32)
+        self._adapter_slot = np.full(num_slots, -1, np.int32)
 
     def admit(self, sequence: Sequence) -> None:
         """Notes what is constant about a sequence that was just given its slot."""
@@ -51,6 +52,8 @@ class BatchBuilder:
             start += row.num_tokens
         views["query_starts"][count:] = start
         views["slot"][:count] = slots
+        views["adapter_slot"][:count] = self._adapter_slot[slots]
+        views["adapter_slot"][count:] = -1
         views["page_table"][:count] = self._page_table[slots]
         for name, values in self._sampling.items():
             views[name][:count] = values[slots]

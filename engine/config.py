@@ -43,6 +43,8 @@ class EngineConfig:
         num_pages: pages of the cache; None sizes it from `cache_tokens`.
         cache_tokens: tokens that the cache holds over all requests; None takes all that fits on an
             accelerator, and on a CPU 1,024 a request, but at least one whole context.
+        max_adapters: adapters that may be loaded at once; 0 makes no room for any.
+        max_adapter_rank: the highest rank of one.
         max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
@@ -60,6 +62,8 @@ class EngineConfig:
     max_batch_tokens: int = 512
     num_pages: int | None = None
     cache_tokens: int | None = None
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
     max_waiting: int = 1024
     max_unread_tokens: int = 65536
     max_leases: int = 1024
@@ -71,6 +75,8 @@ class EngineConfig:
         data = self.mesh.data
         _at_least("max_requests", self.max_requests, 2 * data)
         _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests + 1)
+        _at_least("max_adapters", self.max_adapters, 0)
+        _at_least("max_adapter_rank", self.max_adapter_rank, 1)
         _at_least("max_waiting", self.max_waiting, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         _at_least("max_leases", self.max_leases, 0)

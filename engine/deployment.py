@@ -14,6 +14,7 @@ from pallasite.engine.layout import Layout
 from pallasite.engine.planner import MemoryPlan, choose_num_pages, default_cpu_pages
 from pallasite.engine.programs import ProgramSpec, bucket_ladder
 from pallasite.engine.sampler_state import init_state
+from pallasite.models.adapters import AdapterSpec
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
@@ -63,7 +64,21 @@ class Deployment:
         }
         cache = self.cache_spec.abstract(self.mesh)
         return ProgramSpec(
-            model=self.model, cache=cache, state=state, layouts=layouts, mesh=self.mesh
+            model=self.model,
+            adapters=self.adapter_spec(),
+            cache=cache,
+            state=state,
+            layouts=layouts,
+            mesh=self.mesh,
+        )
+
+    def adapter_spec(self) -> AdapterSpec:
+        """Returns the room for adapters."""
+        return AdapterSpec(
+            model=self.model,
+            target=self.cache_spec.target,
+            num_slots=self.config.max_adapters,
+            rank=self.config.max_adapter_rank,
         )
 
     def memory_plan(self, temporaries: int, limit: int | None) -> MemoryPlan:
@@ -73,12 +88,13 @@ class Deployment:
             temporaries: of the largest program; 0 while nothing is compiled.
             limit: what a device has; virtual devices of one CPU share it.
         """
-        spec, mesh = self.cache_spec, self.config.mesh
-        shares = mesh.num_devices if spec.target.platform == "cpu" else 1
-        page = spec.page_bytes // mesh.model
+        spec, mesh, shape = self.cache_spec, self.mesh, self.config.mesh
+        shares = shape.num_devices if spec.target.platform == "cpu" else 1
+        page = spec.page_bytes // shape.model
         return MemoryPlan(
             weights=_bytes_a_device(self.model),
-            cache=spec.num_pages // mesh.data * page,
+            adapters=_bytes_a_device(self.adapter_spec().abstract(mesh)),
+            cache=spec.num_pages // shape.data * page,
             page=page,
             sampler=_bytes_a_device(self.program_spec().state),
             temporaries=temporaries,

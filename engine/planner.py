@@ -27,6 +27,7 @@ class MemoryPlan:
     """
 
     weights: int
+    adapters: int
     cache: int
     page: int
     sampler: int
@@ -35,15 +36,15 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.sampler + self.temporaries
+        return self.weights + self.adapters + self.cache + self.sampler + self.temporaries
 
     def check(self) -> None:
         """Raises ConfigError, with the numbers, where this does not fit."""
         if self.limit is not None and self.total > self.limit:
             raise ConfigError(
-                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, cache"
-                f" {_gb(self.cache)}, sampler {_gb(self.sampler)}, temporaries"
-                f" {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
+                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
+                f" {_gb(self.adapters)}, cache {_gb(self.cache)}, sampler {_gb(self.sampler)},"
+                f" temporaries {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
                 " --cache-tokens, --max-requests or --max-batch-tokens, or take a smaller model"
             )
 

@@ -137,6 +137,7 @@ def _key(deployment: Deployment) -> str:
         [name for name, _ in named_weights(deployment.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.state)],
+        (spec.adapters.num_slots, spec.adapters.rank),
         sorted(spec.layouts.items()),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()

@@ -22,7 +22,9 @@ from jaxtyping import Array, Int32
 from pallasite.engine.layout import Bucket, Layout
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, edit_slot
 from pallasite.engine.step import make_step
+from pallasite.models.adapters import AdapterSpec, set_slot
 from pallasite.models.decoder import Decoder
+from pallasite.models.lora import Adapters
 from pallasite.models.sharding import DATA_AXIS, replicated
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
@@ -37,6 +39,7 @@ class ProgramSpec:
     """What all programs have in common: abstract weights, cache and sampler state on their mesh."""
 
     model: Decoder
+    adapters: AdapterSpec
     cache: PagedCache
     state: SamplerState
     layouts: dict[Bucket, Layout]
@@ -55,6 +58,7 @@ class Programs:
         self._spec = spec
         self._steps: dict[Bucket, jax.stages.Compiled] = {}
         self._edit: jax.stages.Compiled | None = None
+        self._set_slot: jax.stages.Compiled | None = None
         self._is_sealed = False
         self._compilations = 0
         self._is_counting = True
@@ -72,9 +76,10 @@ class Programs:
     def compile(self, progress: Callable[[str], None], num_threads: int = 2) -> None:
         """Compiles every program, `num_threads` at a time."""
         start = time.monotonic()
-        total = len(self._spec.layouts) + 1
+        total = len(self._spec.layouts) + 1 + (self._spec.adapters.num_slots > 0)
         with ThreadPoolExecutor(num_threads) as pool:
             edit = pool.submit(self._compile_edit)
+            set_slot = pool.submit(self._compile_set_slot)
             # The largest first: they take longest.
             steps = {
                 bucket: pool.submit(self._compile_step, bucket) for bucket in reversed(self.buckets)
@@ -83,12 +88,13 @@ class Programs:
                 self._steps[bucket] = future.result()
                 seconds = time.monotonic() - start
                 progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
-            self._edit = edit.result()
+            self._edit, self._set_slot = edit.result(), set_slot.result()
 
     def serialized(self) -> list[bytes]:
         """Returns the programs for `take`. All must have been compiled in this process."""
         assert self._edit is not None, "compile() comes first"
-        programs = [self._edit, *(self._steps[bucket] for bucket in self.buckets)]
+        assert self._set_slot is not None
+        programs = [self._edit, self._set_slot, *(self._steps[bucket] for bucket in self.buckets)]
         return [serialize_executable.serialize(program)[0] for program in programs]
 
     def take(self, serialized: Sequence[bytes | memoryview], num_threads: int = 2) -> None:
@@ -100,10 +106,12 @@ class Programs:
         spec = self._spec
         weights = jax.tree.leaves(spec.model)
         # The inputs' and outputs' trees, as `lower` below has them.
+        adapters = spec.adapters.abstract(spec.mesh)
         edits = (spec.state, self._abstract_edit(), self._abstract_index())
-        trees: list[tuple[Any, Any]] = [(edits, spec.state)]
+        slots = (adapters, spec.adapters.abstract_one(spec.mesh), self._abstract_index())
+        trees: list[tuple[Any, Any]] = [(edits, spec.state), (slots, adapters)]
         for bucket in self.buckets:
-            inputs = (weights, spec.cache, spec.state, self._words(bucket))
+            inputs = (weights, adapters, spec.cache, spec.state, self._words(bucket))
             trees.append((inputs, (spec.cache, spec.state, 0, 0)))
         devices = list(spec.mesh.devices.flat)
 
@@ -115,7 +123,7 @@ class Programs:
 
         assert len(serialized) == len(trees)
         with ThreadPoolExecutor(num_threads) as pool:
-            self._edit, *steps = pool.map(load, serialized, trees)
+            self._edit, self._set_slot, *steps = pool.map(load, serialized, trees)
         self._steps = dict(zip(self.buckets, steps, strict=True))
 
     def seal(self) -> None:
@@ -141,6 +149,11 @@ class Programs:
         assert self._edit is not None, "compile() comes first"
         return self._edit(state, edit, np.int32(shard))
 
+    def set_adapter(self, adapters: Adapters, one: Adapters, slot: int) -> Adapters:
+        """Puts one adapter into a slot of the donated arrays."""
+        assert self._set_slot is not None, "compile() comes first"
+        return self._set_slot(adapters, one, np.int32(slot))
+
     def temporary_bytes(self) -> int:
         """Returns the most memory that any program needs beside its arguments."""
         return max(_temporary_bytes(step) for step in self._steps.values())
@@ -153,7 +166,8 @@ class Programs:
     def _compile_step(self, bucket: Bucket) -> jax.stages.Compiled:
         spec, layout = self._spec, self._spec.layouts[bucket]
         weights, structure = jax.tree.flatten(spec.model)
-        inputs = (weights, spec.cache, spec.state, self._words(bucket))
+        adapters = spec.adapters.abstract(spec.mesh)
+        inputs = (weights, adapters, spec.cache, spec.state, self._words(bucket))
         by_shard = PartitionSpec(DATA_AXIS)
         step = jax.shard_map(
             make_step(structure, layout),
@@ -162,7 +176,7 @@ class Programs:
             out_specs=(*_specs((spec.cache, spec.state)), by_shard, by_shard),
             check_vma=False,  # what the model axis's devices return of a shard is the same
         )
-        return jax.jit(step, donate_argnums=(1, 2)).lower(*inputs).compile()
+        return jax.jit(step, donate_argnums=(2, 3)).lower(*inputs).compile()
 
     def _compile_edit(self) -> jax.stages.Compiled:
         spec = self._spec
@@ -178,6 +192,19 @@ class Programs:
             mesh=spec.mesh,
             in_specs=_specs(inputs),
             out_specs=_specs(spec.state),
+            check_vma=False,
+        )
+        return jax.jit(program, donate_argnums=0).lower(*inputs).compile()
+
+    def _compile_set_slot(self) -> jax.stages.Compiled:
+        spec = self._spec
+        adapters = spec.adapters.abstract(spec.mesh)
+        inputs = (adapters, spec.adapters.abstract_one(spec.mesh), self._abstract_index())
+        program = jax.shard_map(
+            set_slot,
+            mesh=spec.mesh,
+            in_specs=_specs(inputs),
+            out_specs=_specs(adapters),
             check_vma=False,
         )
         return jax.jit(program, donate_argnums=0).lower(*inputs).compile()

@@ -26,6 +26,7 @@ from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import check_tensors, load_weights
+from pallasite.models.lora import Adapters
 from pallasite.models.pull import locate
 from pallasite.models.sharding import DATA_AXIS
 from pallasite.pallas_kernels.paged_attention import PagedCache
@@ -49,6 +50,7 @@ class Runtime:
         self.layouts = spec.layouts
         self._spec = spec
         self._weights: list[jax.Array] = jax.tree.leaves(spec.model)
+        self._adapters: Adapters = spec.adapters.allocate(spec.mesh)
         self._cache: PagedCache | None = None
         self._state: SamplerState | None = None
         self.reset()
@@ -99,7 +101,7 @@ class Runtime:
         assert self._state is not None
         step = self.programs.step(bucket)
         self._cache, self._state, results, scores = step(
-            self._weights, self._cache, self._state, words
+            self._weights, self._adapters, self._cache, self._state, words
         )
         return results, scores
 

@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from pallasite.models import layers
 from pallasite.models.config import ModelConfig
 from pallasite.models.layers import RmsNorm, rope, rope_factor, rope_frequencies
+from pallasite.models.lora import BatchAdapters
 from pallasite.models.weights import Declare, Matrix
 from pallasite.pallas_kernels.paged_attention import (
     AttentionConfig,
@@ -35,6 +36,7 @@ class Place:
         frequencies: the layer's rope, radians a position for each pair of dimensions.
         rope_factor: what its sines and cosines are multiplied by.
         attention: what is static about the model's attention.
+        adapters: those of the batch.
     """
 
     layer: Int[Array, ""]
@@ -42,6 +44,7 @@ class Place:
     frequencies: Float[Array, "pairs"]
     rope_factor: float
     attention: AttentionConfig
+    adapters: BatchAdapters
 
     def rotate(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
         """Turns queries or keys by their positions."""
@@ -63,12 +66,14 @@ class Place:
         return mixed.reshape(q.shape[0], -1), cache
 
     def linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-        """See `layers.linear`."""
-        return layers.linear(x, matrix)
+        """Multiplies as `layers.linear` does, by the matrix and each token's adapter of it."""
+        product = layers.linear(x, matrix)
+        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
 
     def fine_linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-        """See `layers.fine_linear`."""
-        return layers.fine_linear(x, matrix)
+        """Multiplies as `layers.fine_linear` does, by the matrix and each token's adapter."""
+        product = layers.fine_linear(x, matrix)
+        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
 
 
 class DecoderLayers(nnx.Module):
@@ -112,7 +117,11 @@ class Decoder(nnx.Module):
 
 
 def forward(
-    model: Decoder, cache: PagedCache, token_ids: Int[Array, "T"], ragged: Ragged
+    model: Decoder,
+    cache: PagedCache,
+    token_ids: Int[Array, "T"],
+    ragged: Ragged,
+    adapters: BatchAdapters,
 ) -> tuple[Float[Array, "T D"], PagedCache]:
     """Runs a ragged batch of tokens; returns normed hidden states and the updated cache."""
     config = model.config
@@ -130,6 +139,7 @@ def forward(
             frequencies=frequencies[index],
             rope_factor=rope_factor(config),
             attention=attention,
+            adapters=adapters,
         )
         return weights.block(x, cache, at)
 

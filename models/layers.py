@@ -19,23 +19,9 @@ def linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
     """Multiplies by a matrix `[out, in]`, with x rounded to what the matrix's products take.
 
     Products are summed in f32, and an f32 weight means f32 products on every platform (a TPU's
-    default would round them to bfloat16). Where devices share the inputs their sums are added up.
+    default would round them to bfloat16). Where devices share the inputs, each has its own part of
+    the sums: `total` adds them up.
     """
-    return total(partial_linear(x, matrix), matrix)
-
-
-def fine_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-    """Multiplies as `linear` does, but keeps 16 bits of x's mantissa beside a bfloat16 weight.
-
-    What rounding takes from x is multiplied too, as T more rows of the same product. That costs
-    little where the weight is narrow, or where reading it takes longer than multiplying; see
-    docs/quality.md for what it buys.
-    """
-    return total(partial_fine_linear(x, matrix), matrix)
-
-
-def partial_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-    """Multiplies as `linear` does by the inputs that this device has, and adds nothing up."""
     if matrix.scales is not None:
         return quantized_matmul(x, matrix.quantized(), matrix.dtype)
     weight = decode(matrix.values[...])
@@ -48,12 +34,17 @@ def partial_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T o
     )
 
 
-def partial_fine_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-    """Multiplies as `fine_linear` does by the inputs that this device has."""
+def fine_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+    """Multiplies as `linear` does, but keeps 16 bits of x's mantissa beside a bfloat16 weight.
+
+    What rounding takes from x is multiplied too, as T more rows of the same product. That costs
+    little where the weight is narrow, or where reading it takes longer than multiplying; see
+    docs/quality.md for what it buys.
+    """
     if matrix.dtype == jnp.float32 or matrix.form.quantizes_inputs:
-        return partial_linear(x, matrix)
+        return linear(x, matrix)
     rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    product = partial_linear(jnp.concatenate((rounded, x - rounded)), matrix)
+    product = linear(jnp.concatenate((rounded, x - rounded)), matrix)
     return product[: x.shape[0]] + product[x.shape[0] :]
 
 
@@ -79,7 +70,7 @@ def embed(token_ids: Int[Array, "T"], embedding: Matrix) -> Float[Array, "T D"]:
 
 def unembed(hidden: Float[Array, "T D"], head: Matrix, vocab_size: int) -> Float[Array, "T V"]:
     """Returns the logits of all tokens, on every device, from an output head `[V, D]`."""
-    logits = partial_fine_linear(hidden, head)
+    logits = fine_linear(hidden, head)
     if jax.lax.axis_size(MODEL_AXIS) > 1:
         logits = jax.lax.all_gather(logits, MODEL_AXIS, axis=1, tiled=True)
     return logits[:, :vocab_size]

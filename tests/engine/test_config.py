@@ -20,7 +20,9 @@ from pallasite.pallas_kernels.target import TARGETS
 from tests.engine.harness import MAIN
 from tests.tiny_checkpoints import TINY
 
-PLAN = MemoryPlan(weights=1000, cache=0, page=8192, sampler=200, temporaries=300, limit=10_000)
+PLAN = MemoryPlan(
+    weights=1000, adapters=0, cache=0, page=8192, sampler=200, temporaries=300, limit=10_000
+)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +90,7 @@ def test_a_plan_that_does_not_fit_says_so_with_the_numbers():
     replace(PLAN, limit=None).check()
     large = MemoryPlan(
         weights=5 * 10**9,
+        adapters=0,
         cache=2 * 10**9,
         page=10**6,
         sampler=10**8,

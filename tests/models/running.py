@@ -1,6 +1,7 @@
 """A model loaded and run on a mesh, without an engine."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 
@@ -8,6 +9,7 @@ from pallasite.models.checkpoint import Checkpoint
 from pallasite.models.decoder import Decoder, forward, unembed
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import load_weights
+from pallasite.models.lora import batch_adapters
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import MeshShape, make_mesh
 from pallasite.models.weights import placed
@@ -35,7 +37,8 @@ class Program:
         whole = PartitionSpec()
 
         def run(model, cache, token_ids, ragged):
-            hidden, cache = forward(model, cache, token_ids, ragged)
+            none = batch_adapters({}, jnp.full_like(ragged.kv_lens, -1), ragged, len(token_ids))
+            hidden, cache = forward(model, cache, token_ids, ragged, none)
             return unembed(model, hidden), cache
 
         step = jax.shard_map(
