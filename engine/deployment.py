@@ -1,6 +1,8 @@
 """A model on its devices before any memory is taken: what is compiled, and what it will hold."""
 
+import contextlib
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,7 +22,7 @@ from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh, sharding
+from pallasite.models.sharding import MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
 from pallasite.pallas_kernels.target import TARGETS
 
@@ -109,7 +111,7 @@ def plan_deployment(
 
     Raises ConfigError where the model cannot be served so.
     """
-    devices = devices or jax.devices()
+    devices = devices or devices_for(config.mesh)
     target, mesh = TARGETS[devices[0].platform], make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)
     # Ropes that stretch long contexts go by what is served, not by what could be.
@@ -131,6 +133,17 @@ def plan_deployment(
         ),
         max_context_len=max_context_len,
     )
+
+
+def devices_for(mesh: MeshShape) -> list[jax.Device]:
+    """Returns this process's devices; a CPU is cut into as many virtual ones as the mesh needs.
+
+    It can be, where JAX has not looked for devices yet and XLA_FLAGS does not say how many.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has looked already
+            jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+    return jax.devices()
 
 
 def _bytes_a_device(tree: Any) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.deployment import Deployment, plan_deployment
+from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.layout import Bucket
 from pallasite.engine.planner import memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
@@ -111,7 +111,7 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
     start = time.monotonic()
     if config.compile_cache is not None:
         use_compile_cache(config.compile_cache)
-    limit = memory_limit(jax.devices()[0])
+    limit = memory_limit(devices_for(config.mesh)[0])
     checkpoint = open_checkpoint(locate(str(model)))
     deployment = plan_deployment(checkpoint.config, config)
     check_tensors(deployment.model, checkpoint)
