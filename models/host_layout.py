@@ -43,8 +43,8 @@ def pack(values: np.ndarray, group: int) -> np.ndarray:
 
 def _rows(tensor: Stored, start: int, stop: int) -> Stored:
     if isinstance(tensor, QuantizedTensor):
-        zeros = None if tensor.zeros is None else tensor.zeros[start:stop]
-        return QuantizedTensor(tensor.values[start:stop], tensor.scales[start:stop], zeros)
+        minimums = None if tensor.minimums is None else tensor.minimums[start:stop]
+        return QuantizedTensor(tensor.values[start:stop], tensor.scales[start:stop], minimums)
     return tensor[start:stop]
 
 
@@ -56,17 +56,19 @@ def _is_stored_so(tensor: QuantizedTensor, form: Form) -> bool:
 def _lay_out_quantized(tensor: QuantizedTensor, layouts: list[Axis], name: str) -> QuantizedTensor:
     """Lays out a quantized tensor without rounding it again: its groups move as they are."""
     rows, inputs = layouts
-    arrays = [tensor.values, tensor.scales, tensor.zeros]
+    arrays = [tensor.values, tensor.scales, tensor.minimums]
     if inputs.sources is not None:
         groups = _group_layout(inputs, tensor, name)
         arrays = [
             None if array is None else layout.lay_out(array, 1)
             for array, layout in zip(arrays, (inputs, groups, groups), strict=True)
         ]
-    values, scales, zeros = (None if array is None else rows.lay_out(array, 0) for array in arrays)
+    values, scales, minimums = (
+        None if array is None else rows.lay_out(array, 0) for array in arrays
+    )
     assert values is not None
     assert scales is not None
-    return QuantizedTensor(values, scales, zeros)
+    return QuantizedTensor(values, scales, minimums)
 
 
 def _group_layout(inputs: Axis, tensor: QuantizedTensor, name: str) -> Axis:
@@ -89,7 +91,7 @@ def _group_layout(inputs: Axis, tensor: QuantizedTensor, name: str) -> Axis:
 
 
 def _parts(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
-    if tensor.zeros is None:
+    if tensor.minimums is None:
         return {"values": tensor.values, "scales": tensor.scales}
     packed = pack(tensor.values, tensor.group)
-    return {"values": packed, "scales": tensor.scales, "zeros": tensor.zeros}
+    return {"values": packed, "scales": tensor.scales, "minimums": tensor.minimums}

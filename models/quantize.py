@@ -15,12 +15,12 @@ class QuantizedTensor:
     Attributes:
         values: int8 in -127..127, uint8 in 0..15, or float8_e4m3fn; `[out, in]`.
         scales: f32 `[out, groups]`.
-        zeros: uint8 `[out, groups]` beside 4-bit values: v stands for (v - zero) * scale.
+        minimums: f32 `[out, groups]` beside 4-bit values: v stands for v * scale + minimum.
     """
 
     values: np.ndarray
     scales: np.ndarray
-    zeros: np.ndarray | None = None
+    minimums: np.ndarray | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -33,9 +33,10 @@ class QuantizedTensor:
     def dequantize(self) -> np.ndarray:
         """Returns f32 `[out, in]`."""
         values = self.values.astype(np.float32).reshape(*self.scales.shape, -1)
-        if self.zeros is not None:
-            values = values - self.zeros[..., None].astype(np.float32)
-        return (values * self.scales[..., None]).reshape(self.shape)
+        values = values * self.scales[..., None]
+        if self.minimums is not None:
+            values = values + self.minimums[..., None]
+        return values.reshape(self.shape)
 
 
 def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
@@ -43,13 +44,10 @@ def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
     num_rows, num_inputs = weight.shape
     groups = weight.reshape(num_rows, -1, form.group or num_inputs).astype(np.float32)
     if form.kind == "int4":
-        low, high = groups.min(-1).clip(max=0), groups.max(-1).clip(min=0)
+        low, high = groups.min(-1), groups.max(-1)
         scales = np.where(high > low, (high - low) / 15, 1).astype(np.float32)
-        zeros = np.round(-low / scales)
-        values = np.clip(np.round(groups / scales[..., None]) + zeros[..., None], 0, 15)
-        return QuantizedTensor(
-            values.astype(np.uint8).reshape(weight.shape), scales, zeros.astype(np.uint8)
-        )
+        values = np.clip(np.round((groups - low[..., None]) / scales[..., None]), 0, 15)
+        return QuantizedTensor(values.astype(np.uint8).reshape(weight.shape), scales, low)
     limit = {"int8": 127.0, "fp8": 448.0}[form.kind]
     largest = np.abs(groups).max(-1)
     scales = np.where(largest > 0, largest / limit, 1).astype(np.float32)

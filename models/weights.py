@@ -70,7 +70,7 @@ class Matrix(nnx.Module):
 
     Attributes:
         values: floats, or what a `QuantizedMatrix` holds.
-        scales, zeros: a quantized one's; else None.
+        scales, minimums: a quantized one's; else None.
         axes: the logical names of its own axes, "layers" first where it stacks layers.
         form: how it is held.
         dtype: what its products' inputs are rounded to.
@@ -82,7 +82,7 @@ class Matrix(nnx.Module):
     ) -> None:
         self.values = parts["values"]
         self.scales = parts.get("scales")
-        self.zeros = parts.get("zeros")
+        self.minimums = parts.get("minimums")
         self.axes = axes
         self.form, self.dtype, self.source = held
 
@@ -92,7 +92,7 @@ class Matrix(nnx.Module):
         return QuantizedMatrix(
             values=self.values[...],
             scales=self.scales[...],
-            zeros=None if self.zeros is None else self.zeros[...],
+            minimums=None if self.minimums is None else self.minimums[...],
             quantizes_inputs=self.form.quantizes_inputs,
         )
 
@@ -176,7 +176,7 @@ class Declare:
         }
         if is_packed:
             shape = (*held[:-1], groups)
-            parts["zeros"] = _weight(shape, group_axes, jnp.dtype(jnp.uint8))
+            parts["minimums"] = _weight(shape, group_axes, jnp.dtype(jnp.float32))
         return parts
 
 

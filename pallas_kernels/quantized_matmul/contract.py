@@ -19,15 +19,16 @@ class QuantizedMatrix:
             byte: those of a group's first half in the low bits, those of its second half in the
             high ones.
         scales: f32 `[out, groups]`; one group is the whole row.
-        zeros: for 4-bit values, uint8 `[out, groups]`: a value v stands for (v - zero) * scale.
-            None for others, whose zero is 0.
+        minimums: for 4-bit values, f32 `[out, groups]`: a value v stands for v * scale + minimum.
+            Float, so that what was rounded so before (GGUF's Q4_1, AWQ, GPTQ) is held exactly. None
+            for others, where v stands for v * scale.
         quantizes_inputs: whether what it is multiplied with is rounded to int8 too, each token's
             part of a group with a scale of its own.
     """
 
     values: Any
     scales: Any
-    zeros: Any = None
+    minimums: Any = None
     quantizes_inputs: bool = field(default=False, metadata={"static": True})
 
     @property

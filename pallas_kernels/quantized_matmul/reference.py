@@ -26,11 +26,13 @@ def dequantize(matrix: QuantizedMatrix) -> Float[Array, "out in"]:
     num_rows, num_groups = matrix.scales.shape
     if matrix.is_packed:
         pairs = matrix.values.reshape(num_rows, num_groups, -1)
-        values = jnp.concatenate((pairs & 15, pairs >> 4), axis=-1).astype(jnp.int32)
-        values = (values - matrix.zeros[..., None].astype(jnp.int32)).astype(jnp.float32)
+        values = jnp.concatenate((pairs & 15, pairs >> 4), axis=-1)
     else:
-        values = matrix.values.reshape(num_rows, num_groups, -1).astype(jnp.float32)
-    return (values * matrix.scales[..., None]).reshape(num_rows, -1)
+        values = matrix.values.reshape(num_rows, num_groups, -1)
+    scaled = values.astype(jnp.float32) * matrix.scales[..., None]
+    if matrix.minimums is not None:
+        scaled = scaled + matrix.minimums[..., None]
+    return scaled.reshape(num_rows, -1)
 
 
 def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Float[Array, "T out"]:
