@@ -27,6 +27,7 @@ from pallasite.server.flags import (
     TEXT,
     TEXT_LIMIT_FLAGS,
     WHOLE,
+    WINDOW,
     Flag,
     add_flags,
     flags_given,
@@ -131,13 +132,33 @@ def build_parser() -> Parser:
     )
     _add_engine_flags(score)
 
+    evaluate = commands.add_parser("evaluate", help="a model's perplexity on a text")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument(
+        "--text", type=FILE, metavar="FILE", required=True, help="UTF-8; - is standard input"
+    )
+    evaluate.add_argument(
+        "--against",
+        type=TEXT,
+        metavar="MODEL",
+        help="compare with this model, as f32 and without any other form (default: none)",
+    )
+    evaluate.add_argument(
+        "--window",
+        type=WINDOW,
+        metavar=WINDOW.metavar,
+        default=512,
+        help="tokens that are predicted from one another at most (default: 512)",
+    )
+    _add_engine_flags(evaluate)
+
     info = commands.add_parser(
         "info", help="a model's sizes and memory plan, and what would run it"
     )
     info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: none)")
     _add_engine_flags(info)
 
-    for command in (generate, chat, score, info):
+    for command in (generate, chat, score, evaluate, info):
         command.add_argument("--json", action="store_true", help="print the result as JSON (off)")
     return parser
 

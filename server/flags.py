@@ -45,6 +45,13 @@ def _int(text: str) -> int:
     return int(text)
 
 
+def _window(text: str) -> int:
+    window = _int(text)
+    if window < 2:
+        raise ValueError
+    return window
+
+
 def _ids(text: str) -> tuple[int, ...]:
     return tuple(_int(part.strip()) for part in text.split(","))
 
@@ -90,6 +97,7 @@ def choice(*values: str) -> Kind:
 
 
 WHOLE = Kind(metavar="N", parse=_int, allowed="a whole number")
+WINDOW = Kind(metavar="N", parse=_window, allowed="a whole number from 2 on")
 REAL = Kind(metavar="X", parse=float, allowed="a number")
 SECONDS = Kind(metavar="SECONDS", parse=float, allowed="a number of seconds")
 TEXT = Kind(metavar="TEXT", parse=str, allowed="a text")
