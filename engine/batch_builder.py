@@ -31,6 +31,7 @@ class BatchBuilder:
         self._sampling["seed"][slot] = np.uint32(sequence.seed).view(np.int32)
         self._sampling["has_bias"][slot] = has_bias(params)
         self._sampling["num_logprobs"][slot] = -1 if params.logprobs is None else params.logprobs
+        self._adapter_slot[slot] = sequence.adapter_slot
         self._num_pages[slot] = 0
 
     def build(self, plan: Plan, bucket: Bucket, eos_token_ids: tuple[int, ...]) -> np.ndarray:

@@ -12,10 +12,12 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 
+from pallasite.engine.adapters import AdapterTable
 from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
@@ -42,6 +44,8 @@ from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, check_request_id, validate
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_FAILURES = 3
 """Steps that fail one after another before the engine gives up."""
@@ -81,6 +85,7 @@ class Engine:
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
         self._leases = LeaseTable(config.max_leases)
+        self._adapters = AdapterTable(config.max_adapters)
         self.epoch = self._leases.epoch
         self._bounds = Bounds(
             vocab_size=runtime.model_config.vocab_size,
@@ -196,6 +201,34 @@ class Engine:
         """
         return collect(self.submit, requests)
 
+    def adapter_names(self) -> list[str]:
+        """Returns the adapters that requests may name."""
+        return self._adapters.names()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Loads a LoRA adapter in the PEFT format between two steps; nothing is compiled.
+
+        Raises ConfigError where it does not fit the model, RequestError where the name is taken or
+        there is no room.
+        """
+        self._adapters.check_name(name)
+        one = self._runtime.read_adapter(folder)
+
+        def load() -> None:
+            self._adapters.check_name(name)
+            slot = self._adapters.free_slot({s.adapter_slot for s in self._owners()})
+            self._runtime.set_adapter(one, slot)
+            self._adapters.add(name, slot)
+
+        self._ask(load)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter's name away; requests that use it go on to their ends.
+
+        Raises RequestError NOT_FOUND where it is not loaded.
+        """
+        self._ask(lambda: self._adapters.remove(name))
+
     def current_load(self) -> EngineLoad:
         """Returns how busy the engine is."""
         return EngineLoad(
@@ -208,11 +241,7 @@ class Engine:
 
     def audit(self) -> PageAudit:
         """Counts whose the pages are, between two steps."""
-        answer: Future[PageAudit] = Future()
-        if self._intake.command(lambda: answer.set_result(self._audit())):
-            return answer.result()
-        self._thread.join()
-        return self._audit()
+        return self._ask(self._audit)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those admitted; whether all ended in time."""
@@ -273,10 +302,17 @@ class Engine:
             self._intake.wait(IDLE_S)
 
     def _take_in(self, sequence: Sequence) -> None:
-        if sequence.index == 0 and sequence.num_sampled == 0:  # not one that a lease held
+        if sequence.num_sampled:  # a lease held it
+            self._scheduler.add(sequence)
+            return
+        if sequence.index == 0:
             self.metrics.num_requests += 1
             self.metrics.prompt_tokens += sequence.num_prompt
         self._scheduler.add(sequence)
+        try:
+            sequence.adapter_slot = self._adapters.slot_of(sequence.request.adapter)
+        except RequestError as error:  # unloaded since it was admitted
+            self._committer.fail(sequence, error)
 
     def _prepare(self, plan: Plan) -> Plan | None:
         """Fills the slots that were just given; returns the plan of those that could be filled."""
@@ -362,12 +398,29 @@ class Engine:
         self._deliver()
 
     def _audit(self) -> PageAudit:
-        def owners() -> list[Sequence]:
-            return [*self._scheduler.sequences(), *self._leases.sequences()]
+        return audit(self._pool, self._owners(), self._leases.num_pages())
 
-        return audit(self._pool, self._intake.own(owners), self._leases.num_pages())
+    def _owners(self) -> list[Sequence]:
+        """Every sequence that is open or whose pages are leased."""
+        return self._intake.own(lambda: [*self._scheduler.sequences(), *self._leases.sequences()])
+
+    def _ask(self, command: Callable[[], _T]) -> _T:
+        """Returns what the loop answers between two steps, or what a loop that has ended left."""
+        answer: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(command())
+            except BaseException as error:  # noqa: BLE001 - it is the caller's, who waits
+                answer.set_exception(error)
+
+        if not self._intake.command(run):
+            self._thread.join()
+            run()
+        return answer.result()
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
+        self._adapters.slot_of(request.adapter)
         return self._intake.submit(request, self._scheduler.num_waiting, lease_s)
 
     def _reserve_lease(self, num_prompt: int) -> None:

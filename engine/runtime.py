@@ -21,6 +21,8 @@ from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
 from pallasite.engine.scheduler import Plan
+from pallasite.models.adapter_peft import PeftAdapter
+from pallasite.models.adapters import place_one
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
@@ -91,6 +93,22 @@ class Runtime:
         """Prepares a slot of a data shard for a sequence."""
         assert self._state is not None
         self._state = self.programs.edit(self._state, edit, shard)
+
+    def read_adapter(self, folder: Path) -> Adapters:
+        """Reads a PEFT adapter's folder and puts it beside the model; from any thread.
+
+        Raises CheckpointError for one that does not fit the model or the room.
+        """
+        spec = self._spec
+        read = PeftAdapter(folder, spec.adapters).read()
+        return {
+            key: place_one(read.get(key), like)
+            for key, like in spec.adapters.abstract_one(spec.mesh).items()
+        }
+
+    def set_adapter(self, one: Adapters, slot: int) -> None:
+        """Puts an adapter that was read into a slot; steps launched before do not see it."""
+        self._adapters = self.programs.set_adapter(self._adapters, one, slot)
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Launches a step on the words `[d, W]` of d data shards.

@@ -56,6 +56,7 @@ class Sequence:
         num_sampled: the completion's tokens, those in flight included.
         deadline_s: when it is too late for it, on the monotonic clock.
         num_admitted: tokens when it was last given a slot, all of which the host knew.
+        adapter_slot: its adapter's place on the device, -1 for none.
         lease_s: where not None, it pauses after its first token, its pages leased for so long.
     """
 
@@ -67,6 +68,7 @@ class Sequence:
     deadline_s: float | None = None
     state: State = State.WAITING
     slot: int = -1
+    adapter_slot: int = -1
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_sampled: int = 0

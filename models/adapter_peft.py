@@ -7,12 +7,11 @@ device here.
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from pallasite.models.adapters import AdapterSpec
+from pallasite.models.adapters import AdapterSpec, HostLowRank
 from pallasite.models.checkpoint_bytes import open_bytes
 from pallasite.models.checkpoint_fields import Fields, parse_json, shown
 from pallasite.models.checkpoint_safetensors import SafetensorsFile
@@ -33,19 +32,6 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "target_parameters": ([],),
     "alora_invocation_tokens": (),
 }
-
-
-@dataclass(frozen=True)
-class HostLowRank:
-    """One adapter's part for one matrix, laid out for the mesh, its scale in b.
-
-    Attributes:
-        a: f32 `[L, r, in]`, r being the room's rank; zeros where the adapter has less.
-        b: f32 `[L, out, r]`.
-    """
-
-    a: np.ndarray
-    b: np.ndarray
 
 
 class PeftAdapter:

@@ -94,8 +94,31 @@ def _set(held: LowRank, one: LowRank, slot: Int32[Array, ""]) -> LowRank:
     )
 
 
-def place(values: np.ndarray, like: jax.ShapeDtypeStruct) -> jax.Array:
-    """Puts host values on the mesh in the dtype and placement of `like`; it compiles nothing."""
-    if like.dtype == jnp.uint16:
+@dataclass(frozen=True)
+class HostLowRank:
+    """One adapter's part for one matrix, laid out for the mesh, its scale in b.
+
+    Attributes:
+        a: f32 `[L, r, in]`, r being the room's rank; zeros where the adapter has less.
+        b: f32 `[L, out, r]`.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+
+
+def place_one(host: HostLowRank | None, like: LowRank) -> LowRank:
+    """Puts one adapter's part on the mesh, or zeros where it has none; it compiles nothing."""
+    return LowRank(
+        a=_place(None if host is None else host.a, like.a),
+        b=_place(None if host is None else host.b, like.b),
+        is_used=jax.device_put(np.bool_(host is not None), like.is_used.sharding),
+    )
+
+
+def _place(values: np.ndarray | None, like: jax.ShapeDtypeStruct) -> jax.Array:
+    if values is None:
+        values = np.zeros(like.shape, like.dtype)
+    elif like.dtype == jnp.uint16:
         values = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     return jax.device_put(values.astype(like.dtype), like.sharding)

@@ -25,12 +25,14 @@ _T = TypeVar("_T")
 class Kind:
     """How a flag's text is read, and how `--help` calls it.
 
-    `parse` raises ValueError; `allowed` then ends the message "got X; allowed is ...".
+    `parse` raises ValueError; `allowed` then ends the message "got X; allowed is ...". `show` gives
+    the text that a value is read from.
     """
 
     metavar: str
     parse: Callable[[str], Any]
     allowed: str
+    show: Callable[[Any], str] = str
 
     def __call__(self, text: str) -> Any:
         try:
@@ -75,6 +77,13 @@ def _rules(text: str) -> tuple[Rule, ...]:
     return tuple(rules)
 
 
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise ValueError
+    return name, Path(folder)
+
+
 def _mesh(text: str) -> MeshShape:
     sizes = {}
     for part in text.split(","):
@@ -106,8 +115,12 @@ FILE = Kind(metavar="FILE", parse=Path, allowed="a file")
 IDS = Kind(metavar="ID,ID,...", parse=_ids, allowed="token ids with commas between them")
 BIAS = Kind(metavar="ID=X", parse=_bias, allowed="a token id, an equals sign and a number")
 RULES = Kind(
-    metavar="PATTERN=FORM;...", parse=_rules, allowed="a form, or PATTERN=FORM with ; between them"
+    metavar="PATTERN=FORM;...",
+    parse=_rules,
+    allowed="a form, or PATTERN=FORM with ; between them",
+    show=lambda rules: ";".join(map("=".join, rules)),
 )
+ADAPTER = Kind(metavar="NAME=FOLDER", parse=_adapter, allowed="a name, = and a folder")
 MESH = Kind(metavar="data=N,model=N", parse=_mesh, allowed="as in data=2,model=4")
 ADDRESS = Kind(metavar="HOST:PORT", parse=_address, allowed="HOST:PORT, as 127.0.0.1:9000")
 
