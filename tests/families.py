@@ -51,14 +51,14 @@ FAMILY_MODELS = {
         seed=101,
     ),
     "llama-eight-key-heads": FamilyModel(
-        # Of the 8 frequencies, some are kept, some blended and some stretched.
+        # Of the 8 frequencies three are kept, three blended and two stretched.
         hf=llama(
             **V5,
             **_EIGHT_HEADS,
             head_dim=16,
             rope_parameters={
                 "rope_type": "llama3",
-                "rope_theta": 500.0,
+                "rope_theta": 100.0,
                 "factor": 8.0,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
@@ -68,7 +68,7 @@ FAMILY_MODELS = {
         config=our_config(
             "llama",
             **_OUR_EIGHT_HEADS,
-            rope_theta=500.0,
+            rope_theta=100.0,
             rope_scaling=Llama3Rope(
                 factor=8.0,
                 low_frequency_factor=1.0,
