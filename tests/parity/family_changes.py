@@ -59,6 +59,6 @@ FAMILY_CHANGES: dict[str, tuple[Json, ...]] = {
         {"rope_scaling": {"short_factor": [1.0, 1.25, 1.5, 2.1]}},
         {"rope_scaling": {"attention_factor": 1.2}},
     ),
-    "olmo2": ({"rope_theta": 505.0}, {"rms_norm_eps": 1e-2}),
+    "olmo2": ({"rope_theta": 260.0}, {"rms_norm_eps": 1e-2}),
     "olmo2-groups": ({"rope_parameters": {"rope_theta": 9900.0}},),
 }
