@@ -7,13 +7,25 @@ from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
 from pallasite.models.forms import BaseForm, Rule, check_rules, parse_form
+from pallasite.models.gemma3 import Gemma3
 from pallasite.models.llama import Llama
+from pallasite.models.mistral import Mistral
+from pallasite.models.olmo2 import Olmo2
 from pallasite.models.partition import Partition, group_unit
+from pallasite.models.phi3 import Phi3
+from pallasite.models.qwen2 import Qwen2
+from pallasite.models.qwen3 import Qwen3
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.target import Target
 
 FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
     "llama": Llama,
+    "mistral": Mistral,
+    "qwen2": Qwen2,
+    "qwen3": Qwen3,
+    "gemma3": Gemma3,
+    "phi3": Phi3,
+    "olmo2": Olmo2,
 }
 
 

@@ -10,10 +10,11 @@ from pallasite.models import kv_cache
 from pallasite.models.checkpoint_hf import HfCheckpoint
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.partition import Partition
-from pallasite.models.registry import FAMILIES, make_model
+from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MODEL_AXIS, RULES, replicated, sharding
 from pallasite.models.weights import declared_weights, named_weights, source_of
 from pallasite.pallas_kernels.target import CPU
+from tests.families import FAMILY_MODELS
 from tests.models.running import load, mesh_of
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
@@ -33,12 +34,12 @@ WEIGHT_SPECS = {
 }
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_rules_cover_every_declared_axis(family):
-    assert TINY.family == family
+@pytest.mark.parametrize("name", FAMILY_MODELS)
+def test_the_rules_cover_every_declared_axis(name):
+    config = FAMILY_MODELS[name].config
     axes = {*kv_cache.AXES, "slots"}
     for rules in ((), (("proj", "int8"),)):
-        for name, weight in named_weights(make_model(TINY, "bf16", CPU, rules=rules)):
+        for name, weight in named_weights(make_model(config, "bf16", CPU, rules=rules)):
             assert len(weight.get_metadata("axes")) == len(weight.shape), name
             axes.update(weight.get_metadata("axes"))
     assert axes == set(RULES)
