@@ -27,7 +27,7 @@ _HUB_NAME = re.compile(
     r"hf:(?P<repository>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)@(?P<revision>[A-Za-z0-9][\w./-]*)"
 )
 # Data only: never a pickle, never code.
-_HUB_PATTERNS = ("*.safetensors", "*.json", "chat_template.jinja")
+_HUB_PATTERNS = ("*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja")
 
 Progress = Callable[[str], None]
 

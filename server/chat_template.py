@@ -9,11 +9,15 @@ are, so templates that trim or measure see no difference.
 Templates are data of the checkpoint: minijinja runs no Python of theirs, and `FUEL` bounds the
 work and the memory of what they do in its own language. (It is charged only afterwards where a
 list is multiplied and printed in one expression.)
+
+They are written for jinja2. Where minijinja does otherwise in what templates use, it is mended
+here; what it lacks (`%` on strings, a few filters, tests and methods) it refuses by name. Left is
+that a whole number that a float holds is written without its ".0" where it alone goes to `tojson`.
 """
 
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NoReturn
 
@@ -32,8 +36,13 @@ ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipytho
 
 # A block that marks the assistant's tokens for training; it prints what is inside.
 _GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")
+# What every template is given, besides the special tokens.
+_GIVEN = ("messages", "tools", "documents", "add_generation_prompt")
 # Supplementary Private Use Area-B, from the end.
 _PRIVATE = range(0x10FFFD, 0x0FFFFF, -1)
+# Python strips these at the ends of a text as space, and Rust does not.
+_PYTHON_SPACES = "\x1c\x1d\x1e\x1f"
+_RARE_SPACES = (0x1680, *range(0x2000, 0x200B), 0x205F)
 
 
 class ChatTemplate:
@@ -43,6 +52,7 @@ class ChatTemplate:
         """Raises ConfigError for a template that cannot be parsed or needs what we do not have."""
         self._tokenizer = tokenizer
         self._edges = _Edges([tokenizer.token_text(i) for i in tokenizer.special_ids])
+        source = source.replace("\r\n", "\n").replace("\r", "\n")
         source = _GENERATION.sub(
             lambda match: match[1] + ("endif" if match[2] else "if true") + match[3], source
         )
@@ -53,6 +63,7 @@ class ChatTemplate:
             lstrip_blocks=True,
             auto_escape_callback=lambda _: False,
             filters={"tojson": _to_json},
+            tests={"iterable": _is_iterable, "sequence": _is_iterable},
             globals={"raise_exception": _raise_exception, "strftime_now": _strftime_now},
             debug=False,
         )
@@ -64,6 +75,7 @@ class ChatTemplate:
                 ("eos_token", tokenizer.eos_token_id),
             )
         }
+        self._reserved = (*_GIVEN, *self._tokens)
         try:
             self._environment.add_template("chat", source)
         except minijinja.TemplateError as error:
@@ -76,16 +88,18 @@ class ChatTemplate:
         *,
         adds_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Renders a conversation and encodes it.
 
         `messages` are Hugging Face's: a "role" each, mostly "content", and whatever else the
-        template knows; `adds_generation_prompt` ends with the beginning of an answer. Special
-        tokens' strings become special ids where the template wrote them, plain text where a
+        template knows; `adds_generation_prompt` ends with the beginning of an answer; `variables`
+        are what else the template reads by name, such as Qwen 3's enable_thinking. Special tokens'
+        strings become special ids where the template wrote them, plain text where a
         message did. Nothing is put around the whole: BOS is the template's affair.
 
-        Raises RequestError, its field "messages" or "tools", for what has the wrong form or is
-        too large, and for messages that the template refuses.
+        Raises RequestError, its field "messages", "tools" or "variables", for what has the wrong
+        form or is too large, and for messages that the template refuses.
         """
         if not messages:
             raise RequestError(
@@ -93,7 +107,19 @@ class ChatTemplate:
             )
         for i, message in enumerate(messages):
             _check_role(i, message.get("role"))
-        strings = [*_strings(messages, "messages"), *_strings(tools or [], "tools")]
+        variables = variables or {}
+        for name in variables:
+            if name in self._reserved or not name.isidentifier():
+                raise RequestError(
+                    f"got a template variable {name!r}; it must be a name, and none of"
+                    f" {', '.join(self._reserved)}; change it",
+                    field="variables",
+                )
+        strings = [
+            *_strings(messages, "messages"),
+            *_strings(tools or [], "tools"),
+            *_strings(variables, "variables"),
+        ]
         if (num_chars := sum(map(len, strings))) > MAX_CHARS:
             raise RequestError(
                 f"got messages of {num_chars} characters; at most {MAX_CHARS} are allowed;"
@@ -104,7 +130,9 @@ class ChatTemplate:
         text = self._render(
             messages=[mask.hide_message(message) for message in messages],
             tools=mask.hide_all(tools),
+            documents=None,
             add_generation_prompt=adds_generation_prompt,
+            **{name: mask.hide_all(value) for name, value in variables.items()},
         )
         return self._tokenizer.encode_pieces(
             [
@@ -131,20 +159,22 @@ class ChatTemplate:
         return text
 
     def _probe(self) -> None:
-        """Renders a short conversation, to find out at the start what the template lacks."""
-        try:
-            self._environment.render_template(
-                "chat",
-                **self._tokens,
-                messages=[{"role": "user", "content": "a"}],
-                tools=None,
-                add_generation_prompt=True,
-            )
-        except minijinja.TemplateError as error:
-            if error.kind.startswith("Unknown") or error.kind == "OutOfFuel":
-                raise _unusable(error) from None
-        except _RefusedError:
-            return
+        """Renders short conversations, to find out at the start what the template lacks."""
+        for roles in (["user"], ["system", "user", "assistant", "user"]):
+            try:
+                self._environment.render_template(
+                    "chat",
+                    **self._tokens,
+                    messages=[{"role": role, "content": "a"} for role in roles],
+                    tools=None,
+                    documents=None,
+                    add_generation_prompt=True,
+                )
+            except minijinja.TemplateError as error:
+                if error.kind.startswith("Unknown") or error.kind == "OutOfFuel":
+                    raise _unusable(error) from None
+            except _RefusedError:
+                continue
 
 
 class _Edges:
@@ -178,7 +208,10 @@ class _Mask:
         self._tokenizer = tokenizer
         self._edges = edges
         self._free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
-        self._private: dict[str, str] = {}
+        spaces = (chr(code) for code in _RARE_SPACES if chr(code) not in taken)
+        found = sorted(taken.intersection(_PYTHON_SPACES))
+        self._private = dict(zip(found, spaces, strict=False))
+        self._spaces = {ord(char): space for char, space in self._private.items()}
 
     def hide_message(self, message: Mapping[str, Any]) -> dict[str, Any]:
         """Returns a copy with every string hidden but the role, which is one of `ROLES`.
@@ -193,7 +226,8 @@ class _Mask:
     def hide_all(self, value: Any) -> Any:
         """Returns a copy of the value with every string in it hidden, keys of mappings as well."""
         if isinstance(value, str):
-            return self._hide_whole(self._replace(value, [*self._edges.find(value)]))
+            hidden = self._hide_whole(self._replace(value, [*self._edges.find(value)]))
+            return hidden.translate(self._spaces) if self._spaces else hidden
         if isinstance(value, Mapping):
             return {self.hide_all(key): self.hide_all(entry) for key, entry in value.items()}
         if isinstance(value, list | tuple):
@@ -269,12 +303,17 @@ def _strftime_now(pattern: str) -> str:
     return datetime.now().strftime(pattern)
 
 
+def _is_iterable(value: object) -> bool:
+    """None is not, and text and mappings are, of both kinds that jinja2 tells apart."""
+    return isinstance(value, Iterable)
+
+
 def _to_json(
     value: object,
+    ensure_ascii: bool = False,
     indent: int | None = None,
     separators: Sequence[str] | None = None,
     sort_keys: bool = False,
-    ensure_ascii: bool = False,
 ) -> str:
     """Jinja's own filter escapes for HTML; models were trained on plain JSON."""
     pair = None if separators is None else (separators[0], separators[1])

@@ -6,19 +6,19 @@ template): the encoder itself never makes one, so that no user's text can.
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import tokenizers
-from tokenizers import models
+from tokenizers import models, normalizers, pre_tokenizers
 
 from pallasite.engine.errors import ConfigError, RequestError
 from pallasite.models.gguf_file import GgufFile
 from pallasite.server.tokenizer_gguf import build_from_gguf
 from pallasite.server.tokenizer_hf import build_from_folder
-from pallasite.server.tokenizer_parts import TokenizerParts, added, check_text
+from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, check_text
 
-_SPACE = "\u2581"
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -51,7 +51,10 @@ class Tokenizer:
         self._parts = parts
         self._encoder = parts.encoder
         self._encoder.encode_special_tokens = True
-        self._continuing_encoder = _make_continuing(parts.encoder)
+        # For the rest of a text that was cut, and for text behind a special token.
+        self._inner_encoder = _without_prefix(parts.encoder)
+        is_first_only = "first" in _prefix_schemes(parts.encoder)
+        self._continuing_encoder = self._inner_encoder if is_first_only else parts.encoder
         special_tokens = [token for token in parts.special_tokens.values() if token.content]
         self._found_ids = [i for i, token in parts.special_tokens.items() if token.content]
         self._splitter = _make_finder(special_tokens)
@@ -82,7 +85,7 @@ class Tokenizer:
         Raises RequestError naming `field` for text that has no UTF-8 form, or has a character
         that the vocabulary cannot spell.
         """
-        ids = self._encode_plain(text, self._encoder, field)
+        ids = self._encode_first(text, field)
         if not adds_special_tokens:
             return ids
         return [*self._parts.prefix_ids, *ids, *self._parts.suffix_ids]
@@ -97,8 +100,11 @@ class Tokenizer:
             if isinstance(piece, int):
                 ids.append(piece)
                 continue
-            encoder = self._encoder if i == 0 else self._continuing_encoder
-            ids += self._encode_plain(piece, encoder, "messages")
+            if i == 0:
+                ids += self._encode_first(piece, "messages")
+            else:
+                self._check(piece, "messages")
+                ids += self._encode_plain(piece, self._continuing_encoder, "messages")
         return ids
 
     def split_special(self, text: str) -> list[str | int]:
@@ -170,10 +176,16 @@ class Tokenizer:
             return text.encode()
         if match := _BYTE_PIECE.fullmatch(text):
             return bytes([int(match[1], 16)])
-        return text.replace(_SPACE, " ").encode()
+        return text.replace(SPACE, " ").encode()
+
+    def _encode_first(self, text: str, field: str) -> list[int]:
+        """Encodes text that nothing comes before."""
+        self._check(text, field)
+        if self._parts.opens_with_space and text:
+            text = " " + text
+        return self._encode_plain(text, self._encoder, field)
 
     def _encode_plain(self, text: str, encoder: tokenizers.Tokenizer, field: str) -> list[int]:
-        self._check(text, field)
         encoding = encoder.encode(text, add_special_tokens=False)
         ids = encoding.ids
         if self.special_ids.isdisjoint(ids):
@@ -190,7 +202,7 @@ class Tokenizer:
             return ids
         ids = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
-            part_encoder = encoder if start == 0 else self._continuing_encoder
+            part_encoder = encoder if start == 0 else self._inner_encoder
             ids += self._encode_plain(text[start:end], part_encoder, field)
         return ids
 
@@ -217,37 +229,68 @@ def _make_finder(special_tokens: list[tokenizers.AddedToken]) -> tokenizers.Toke
     return finder
 
 
-def _make_continuing(encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
-    """Returns the encoder for text that follows a special token.
+def _without_prefix(encoder: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """Returns the encoder without what puts a space in front of a text; the vocabulary is shared.
 
-    It differs only where the first word of the whole text, and no other, gets a space in front
-    (Metaspace with the scheme "first"). The vocabulary is shared.
+    It is the encoder itself where that puts none there.
     """
-    if encoder.pre_tokenizer is None:
+    if _prefix_schemes(encoder) <= {"never"}:
         return encoder
-    state = json.loads(encoder.pre_tokenizer.__getstate__())
-    steps = state["pretokenizers"] if state["type"] == "Sequence" else [state]
-    if not any(step.get("prepend_scheme") == "first" for step in steps):
-        return encoder
-    for step in steps:
-        if step.get("prepend_scheme") == "first":
-            step["prepend_scheme"] = "never"
+    bare = tokenizers.Tokenizer(encoder.model)
+    # A part is made from its state as the part of a tokenizer.json only.
     shell = {"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}
-    continuing = tokenizers.Tokenizer(encoder.model)
-    continuing.pre_tokenizer = tokenizers.Tokenizer.from_str(
-        json.dumps(shell | {"pre_tokenizer": state})
-    ).pre_tokenizer
-    if encoder.normalizer is not None:
-        continuing.normalizer = encoder.normalizer
+    for name in ("normalizer", "pre_tokenizer"):
+        if (part := getattr(encoder, name)) is not None:
+            state = json.dumps(shell | {name: _without_space(_state(part))})
+            setattr(bare, name, getattr(tokenizers.Tokenizer.from_str(state), name))
     by_id = sorted(encoder.get_added_tokens_decoder().items())
-    continuing.add_tokens([token for _, token in by_id])
-    if continuing.get_added_tokens_decoder().keys() != dict(by_id).keys():
+    bare.add_tokens([token for _, token in by_id])
+    if bare.get_added_tokens_decoder().keys() != dict(by_id).keys():
         raise ConfigError(
             "got added tokens in tokenizer.json whose ids have gaps; they must follow the"
             " vocabulary's; use another tokenizer.json"
         )
-    continuing.encode_special_tokens = True
-    return continuing
+    bare.encode_special_tokens = True
+    return bare
+
+
+def _prefix_schemes(encoder: tokenizers.Tokenizer) -> set[str]:
+    """Returns where the encoder's parts put a space in front: "always", "first", "never"."""
+    schemes = set()
+    for part in (encoder.normalizer, encoder.pre_tokenizer):
+        for step in () if part is None else _steps(_state(part)):
+            schemes.add(step.get("prepend_scheme", "never"))
+            if step["type"] == "Prepend" or step.get("add_prefix_space"):
+                schemes.add("always")
+    return schemes
+
+
+def _state(part: normalizers.Normalizer | pre_tokenizers.PreTokenizer) -> dict[str, Any]:
+    """Returns what the library's part is made of: it says so in its pickled form, which is JSON."""
+    state: dict[str, Any] = json.loads(part.__getstate__())
+    return state
+
+
+def _steps(state: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    parts = state.get("normalizers", state.get("pretokenizers"))
+    if parts is None:
+        yield state
+    else:
+        for part in parts:
+            yield from _steps(part)
+
+
+def _without_space(state: dict[str, Any]) -> dict[str, Any]:
+    if state["type"] == "Prepend":
+        return {"type": "Sequence", "normalizers": []}
+    changed = dict(state)
+    for name in ("normalizers", "pretokenizers"):
+        if name in state:
+            changed[name] = [_without_space(part) for part in state[name]]
+    for name, value in (("prepend_scheme", "never"), ("add_prefix_space", False)):
+        if name in state:
+            changed[name] = value
+    return changed
 
 
 def _make_bytes_by_char() -> dict[str, int]:

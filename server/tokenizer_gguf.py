@@ -2,30 +2,23 @@
 
 The keys are those of the GGUF specification (`tokenizer.ggml.*`). Two kinds are known: "gpt2" is
 byte-level BPE with the merges given; "llama" is SentencePiece's BPE, whose merges follow from the
-scores. What a file says of its pre-tokenizer is a name; the expressions stand in the table here.
+scores. What a file leaves out is filled in as the checkpoint's own tokenizer has it, not as other
+readers of GGUF do.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from enum import IntEnum
+from collections.abc import Mapping
 from typing import Any
 
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+from tokenizers import Tokenizer, models
 
 from pallasite.engine.errors import ConfigError
+from pallasite.models.gguf_ends import ends_by_text
+from pallasite.server.pre_tokenizers import WORD_RULES
+from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder
 from pallasite.server.tokenizer_parts import TokenizerParts, added, unique
 
-_SPACE = "\u2581"
-
-
-class TokenType(IntEnum):
-    """GGUF's `tokenizer.ggml.token_type`."""
-
-    NORMAL = 1
-    UNKNOWN = 2
-    CONTROL = 3
-    USER_DEFINED = 4
-    UNUSED = 5
-    BYTE = 6
+# Phi 3's other tokens take the space behind them, which the format has no field for.
+_PHI3_PLAIN = ("<unk>", "<s>", "<|endoftext|>")
 
 
 def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
@@ -46,41 +39,60 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         raise _damaged(
             "token_type", f"{len(types)} entries", f"one for each of {len(texts)} tokens"
         )
-    vocab = {text: token_id for token_id, text in enumerate(texts)}
-    if len(vocab) != len(texts):
-        raise _damaged("tokens", f"{len(texts) - len(vocab)} repeated tokens", "none")
-
-    if kind == "gpt2":
-        encoder, adds_bos = _build_byte_level(metadata, vocab)
-        adds_space = False
-    else:
-        adds_space = _read(metadata, "add_space_prefix", bool, True)
-        encoder = _build_sentencepiece(metadata, vocab, types, adds_space)
-        adds_bos = True
+    if (num_repeated := len(texts) - len(set(texts))) != 0:
+        raise _damaged("tokens", f"{num_repeated} repeated tokens", "none")
 
     bos = _read_id(metadata, "bos", len(texts))
     eos = _read_id(metadata, "eos", len(texts))
     # End of turn and end of message: the ids that end an answer besides the end of the text.
-    ends = unique([eos, *(_read_id(metadata, name, len(texts)) for name in ("eot", "eom"))])
-    special_tokens = {
-        token_id: added(text, is_special=True)
-        for token_id, text in enumerate(texts)
-        if types[token_id] == TokenType.CONTROL or token_id == bos or token_id in ends
-    }
-    encoder.add_special_tokens(list(special_tokens.values()))
-    encoder.add_tokens(
+    ends = unique(
         [
-            added(text, is_special=False)
-            for token_id, text in enumerate(texts)
-            if types[token_id] == TokenType.USER_DEFINED and token_id not in special_tokens
+            eos,
+            *(_read_id(metadata, name, len(texts)) for name in ("eot", "eom")),
+            *ends_by_text(texts),
         ]
     )
+    is_special = [
+        types[token_id] == PieceType.CONTROL or token_id == bos or token_id in ends
+        for token_id in range(len(texts))
+    ]
+    adds_space, opens_with_space = False, False
+    if kind == "gpt2":
+        encoder, adds_bos = _build_byte_level(metadata, texts)
+        encoder.add_tokens(
+            [
+                added(text, is_special=False)
+                for token_id, text in enumerate(texts)
+                if types[token_id] == PieceType.USER_DEFINED
+            ]
+        )
+    else:
+        adds_space = _read(metadata, "add_space_prefix", bool, True)
+        opens_with_space = adds_space and _writes_own_spaces(texts, is_special)
+        encoder = build_encoder(
+            _read_pieces(metadata, texts, types),
+            puts_space_in_front=adds_space and not opens_with_space,
+        )
+        adds_bos = True
 
+    is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
+    special_tokens = {
+        token_id: added(
+            text, is_special=True, takes_space_behind=is_phi3 and text not in _PHI3_PLAIN
+        )
+        for token_id, text in enumerate(texts)
+        if is_special[token_id]
+    }
+    encoder.add_special_tokens(list(special_tokens.values()))
+
+    if bos is None and metadata.get("tokenizer.ggml.add_bos_token"):
+        raise _damaged("bos_token_id", "nothing", "set where add_bos_token is")
     adds_bos = _read(metadata, "add_bos_token", bool, adds_bos)
     adds_eos = _read(metadata, "add_eos_token", bool, False)
     chat_template = metadata.get("tokenizer.chat_template")
     return TokenizerParts(
         encoder=encoder,
+        opens_with_space=opens_with_space,
         special_tokens=special_tokens,
         is_byte_level=kind == "gpt2",
         strips_leading_space=adds_space,
@@ -93,102 +105,55 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
     )
 
 
-def _build_byte_level(
-    metadata: Mapping[str, object], vocab: dict[str, int]
-) -> tuple[Tokenizer, bool]:
+def _build_byte_level(metadata: Mapping[str, object], texts: list[str]) -> tuple[Tokenizer, bool]:
     """Returns the encoder, and whether its family begins a prompt with BOS unless told not to."""
     name = _read(metadata, "pre", str)
-    if name not in _PRE_TOKENIZERS:
+    if name not in WORD_RULES:
         raise ConfigError(
             f"got tokenizer.ggml.pre={name!r}; known pre-tokenizers are"
-            f" {', '.join(sorted(_PRE_TOKENIZERS))}; use a checkpoint with one of them"
+            f" {', '.join(sorted(WORD_RULES))}; use a checkpoint with one of them"
         )
+    rules = WORD_RULES[name]
+    vocab = {text: token_id for token_id, text in enumerate(texts)}
     merges = []
     for line in _read_list(metadata, "merges", str):
         left, _, right = line.partition(" ")
         if left not in vocab or right not in vocab or left + right not in vocab:
             raise _damaged("merges", repr(line), "two tokens that together are a token")
         merges.append((left, right))
-    is_llama = name in _LLAMA_BPE
-    encoder = Tokenizer(models.BPE(vocab=vocab, merges=merges, ignore_merges=is_llama))
-    encoder.pre_tokenizer = _PRE_TOKENIZERS[name]()
-    if name in _QWEN2:
-        encoder.normalizer = normalizers.NFC()
-    return encoder, is_llama
-
-
-def _build_sentencepiece(
-    metadata: Mapping[str, object], vocab: dict[str, int], types: Sequence[int], adds_space: bool
-) -> Tokenizer:
-    scores = _read_list(metadata, "scores", float)
-    if len(scores) != len(vocab):
-        raise _damaged("scores", f"{len(scores)} entries", f"one for each of {len(vocab)} tokens")
-    num_bytes = sum(token_type == TokenType.BYTE for token_type in types)
-    if num_bytes not in (0, 256):
-        raise _damaged("token_type", f"{num_bytes} byte tokens", "256, or none")
-    unknown_id = _read_id(metadata, "unknown", len(vocab))
     encoder = Tokenizer(
-        models.BPE(
-            vocab=vocab,
-            merges=_merges_from_scores(vocab, types, scores),
-            unk_token=None if unknown_id is None else list(vocab)[unknown_id],
-            fuse_unk=True,
-            byte_fallback=num_bytes == 256,
-        )
+        models.BPE(vocab=vocab, merges=merges, ignore_merges=rules.takes_whole_words)
     )
-    space = normalizers.Replace(" ", _SPACE)
-    encoder.normalizer = (
-        normalizers.Sequence([normalizers.Prepend(_SPACE), space]) if adds_space else space
+    encoder.pre_tokenizer = rules.pre_tokenizer()
+    if (normalizer := rules.normalizer()) is not None:
+        encoder.normalizer = normalizer
+    return encoder, rules.adds_bos
+
+
+def _read_pieces(metadata: Mapping[str, object], texts: list[str], types: list[int]) -> Pieces:
+    if _read(metadata, "remove_extra_whitespaces", bool, False):
+        raise _damaged("remove_extra_whitespaces", "true", "false: no known model has it")
+    scores = _read_list(metadata, "scores", float)
+    if len(scores) != len(texts):
+        raise _damaged("scores", f"{len(scores)} entries", f"one for each of {len(texts)} tokens")
+    return Pieces(
+        texts=texts,
+        types=types,
+        scores=scores,
+        unknown_id=_read_id(metadata, "unknown", len(texts)),
     )
-    return encoder
 
 
-def _merges_from_scores(
-    vocab: dict[str, int], types: Sequence[int], scores: Sequence[float]
-) -> list[tuple[str, str]]:
-    """Returns each way to put a piece together, best piece first.
+def _writes_own_spaces(texts: list[str], is_special: list[bool]) -> bool:
+    """Whether text behind a special token gets no space in front that it does not have.
 
-    SentencePiece joins the neighbours whose union has the best score; as a list of merges that is
-    every split of every piece into two pieces, ordered by the whole's score.
+    It does in the tokenizers of Llama 2, Mistral's first and Phi 3. It does not since Mistral's
+    second, the first in which [INST] is a token: its templates write that space themselves.
     """
-    mergeable = (TokenType.NORMAL, TokenType.USER_DEFINED)
-    pieces = {text: i for text, i in vocab.items() if types[i] in mergeable}
-    merges = []
-    for text, token_id in pieces.items():
-        for cut in range(1, len(text)):
-            left, right = text[:cut], text[cut:]
-            if left in pieces and right in pieces:
-                merges.append((-scores[token_id], pieces[left], pieces[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
-
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-
-
-def _split(*expressions: str) -> pre_tokenizers.PreTokenizer:
-    """Returns what cuts at each expression in turn, then maps bytes to characters."""
-    return pre_tokenizers.Sequence(
-        [
-            *(pre_tokenizers.Split(Regex(expression), "isolated") for expression in expressions),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
+    return any(
+        text == "[INST]" and special for text, special in zip(texts, is_special, strict=True)
     )
 
-
-_LLAMA_BPE = ("llama-bpe", "llama3", "llama-v3")
-_QWEN2 = ("qwen2", "deepseek-r1-qwen")
-_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
-    "default": lambda: _split(r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"),
-    "gpt-2": lambda: _split(_GPT2),
-    "smollm": lambda: _split(r"\p{N}", _GPT2),
-    **dict.fromkeys(_LLAMA_BPE, lambda: _split(_LLAMA3)),
-    **dict.fromkeys(_QWEN2, lambda: _split(_LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}"))),
-}
 
 _REQUIRED = object()
 

@@ -1,4 +1,7 @@
-"""Builds a tokenizer from a Hugging Face folder: tokenizer.json and the settings beside it."""
+"""Builds a tokenizer from a Hugging Face folder: tokenizer.json, and the settings beside it.
+
+Older folders have tokenizer.model alone, SentencePiece's own file.
+"""
 
 import json
 from collections.abc import Iterator
@@ -8,22 +11,44 @@ from typing import Any
 import tokenizers
 
 from pallasite.engine.errors import ConfigError
-from pallasite.server.tokenizer_parts import TokenizerParts, added, unique
-
-_SPACE = "\u2581"
+from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder
+from pallasite.server.sentencepiece_file import SentencePieceModel, read_model
+from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, unique
 
 
 def build_from_folder(folder: Path) -> TokenizerParts:
     """Builds the tokenizer of a Hugging Face folder.
 
-    Reads tokenizer.json, and where they exist tokenizer_config.json, generation_config.json,
-    config.json and chat_template.jinja. Raises ConfigError naming the file for one that is
-    missing or damaged, and for a decoder of a kind that is not known.
+    Reads tokenizer.json, or else tokenizer.model with added_tokens.json, and where they exist
+    tokenizer_config.json, generation_config.json, config.json and the chat template's file. Raises
+    ConfigError naming the file for one that is missing or damaged, and for a decoder of a kind
+    that is not known.
     """
-    encoder = _read_encoder(folder / "tokenizer.json")
     settings = _read_json(folder / "tokenizer_config.json")
+    opens_with_space = False
+    if (folder / "tokenizer.json").is_file():
+        encoder = _read_encoder(folder / "tokenizer.json")
+        is_byte_level, strips_leading_space = _read_decoder(encoder)
+    elif (folder / "tokenizer.model").is_file():
+        model = read_model(folder / "tokenizer.model")
+        is_byte_level, strips_leading_space = False, model.adds_space
+        settings = _model_settings(model) | settings
+        # Text behind a special token had the space in front too, until it was called a mistake.
+        opens_with_space = model.adds_space and settings["legacy"] is False
+        encoder = build_encoder(
+            model.pieces, puts_space_in_front=model.adds_space and not opens_with_space
+        )
+        _add_tokens(encoder, model.pieces, settings, _read_json(folder / "added_tokens.json"))
+    else:
+        raise ConfigError(
+            "got a folder without tokenizer.json and without tokenizer.model; a Hugging Face"
+            " folder must have one of them; add it, or use a GGUF file"
+        )
     bos = _token_id(encoder, settings, "bos_token")
     eos = _token_id(encoder, settings, "eos_token")
+    ends = _read_ends(folder, encoder) or unique([eos])
+    for token_id in encoder.get_added_tokens_decoder().keys() & set(ends):
+        _make_special(encoder, token_id)
     special_tokens = {
         token_id: token
         for token_id, token in encoder.get_added_tokens_decoder().items()
@@ -34,9 +59,9 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         prefix_ids = unique([bos, *prefix_ids]) if adds_bos else _without(prefix_ids, bos)
     if eos is not None and (adds_eos := settings.get("add_eos_token")) is not None:
         suffix_ids = unique([*suffix_ids, eos]) if adds_eos else _without(suffix_ids, eos)
-    is_byte_level, strips_leading_space = _read_decoder(encoder)
     return TokenizerParts(
         encoder=encoder,
+        opens_with_space=opens_with_space,
         special_tokens=special_tokens,
         is_byte_level=is_byte_level,
         strips_leading_space=strips_leading_space,
@@ -44,17 +69,12 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         suffix_ids=suffix_ids,
         bos_token_id=bos,
         eos_token_id=eos,
-        eos_token_ids=_read_ends(folder, encoder) or unique([eos]),
+        eos_token_ids=ends,
         chat_template=_read_chat_template(folder, settings),
     )
 
 
 def _read_encoder(path: Path) -> tokenizers.Tokenizer:
-    if not path.is_file():
-        raise ConfigError(
-            "got a folder without tokenizer.json; a Hugging Face folder must have one; add it, or"
-            " use a GGUF file"
-        )
     try:
         encoder = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower class
@@ -67,28 +87,89 @@ def _read_encoder(path: Path) -> tokenizers.Tokenizer:
     return encoder
 
 
+def _model_settings(model: SentencePieceModel) -> dict[str, Any]:
+    """Returns what tokenizer_config.json need not say beside a tokenizer.model."""
+    texts = model.pieces.texts
+    return {
+        "bos_token": None if model.bos_id is None else texts[model.bos_id],
+        "eos_token": None if model.eos_id is None else texts[model.eos_id],
+        "add_bos_token": True,
+        "legacy": True,
+    }
+
+
+def _add_tokens(
+    encoder: tokenizers.Tokenizer,
+    pieces: Pieces,
+    settings: dict[str, Any],
+    added_ids: dict[str, Any],
+) -> None:
+    """Adds the tokens that the folder lists beside its model, and makes control pieces special."""
+    tokens = {
+        token_id: added(text, is_special=True)
+        for token_id, text in enumerate(pieces.texts)
+        if pieces.types[token_id] == PieceType.CONTROL
+    }
+    special_texts = {
+        _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")
+    }
+    for text, token_id in added_ids.items():
+        if type(token_id) is not int:
+            raise _misplaced(text, token_id, "added_tokens.json")
+        tokens[token_id] = added(text, is_special=text in special_texts)
+    listed = settings.get("added_tokens_decoder", {})
+    if not isinstance(listed, dict) or not all(isinstance(x, dict) for x in listed.values()):
+        raise _damaged("tokenizer_config.json", "added_tokens_decoder is no map of tokens")
+    for key, setting in listed.items():
+        text = setting.get("content")
+        if not isinstance(text, str) or not key.isdecimal():
+            raise _misplaced(text, key, "tokenizer_config.json")
+        token_id = int(key)
+        is_special = setting.get("special") is True
+        if not is_special and token_id < len(pieces.types):
+            continue  # The model's own, found as the model finds it.
+        tokens[token_id] = tokenizers.AddedToken(
+            text,
+            special=is_special,
+            lstrip=setting.get("lstrip") is True,
+            rstrip=setting.get("rstrip") is True,
+            normalized=False,
+        )
+    by_id = sorted(tokens.items())
+    encoder.add_tokens([token for _, token in by_id if token.content])
+    for token_id, token in by_id:
+        if encoder.token_to_id(token.content) != token_id:
+            raise _misplaced(token.content, token_id, "the folder's files")
+
+
+def _misplaced(text: object, token_id: object, name: str) -> ConfigError:
+    return ConfigError(
+        f"got added token {text!r} with id {token_id!r} in {name}; added tokens must have the"
+        " model's ids, or those that follow them without a gap; mend the folder"
+    )
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise _damaged(path, str(error)) from error
+        raise _damaged(path.name, str(error)) from error
     if not isinstance(value, dict):
-        raise _damaged(path, f"a {type(value).__name__}")
+        raise _damaged(path.name, f"a {type(value).__name__}")
     return value
 
 
-def _damaged(path: Path, got: str) -> ConfigError:
+def _damaged(name: str, got: str) -> ConfigError:
     return ConfigError(
-        f"got a damaged {path.name} ({got}); it must hold one JSON object; download it again"
+        f"got a damaged {name} ({got}); it must hold one JSON object; download it again"
     )
 
 
 def _token_id(encoder: tokenizers.Tokenizer, settings: dict[str, Any], name: str) -> int | None:
     """Returns the id of BOS or EOS, a control token from now on, if it was not one before."""
-    setting = settings.get(name)
-    text = setting.get("content") if isinstance(setting, dict) else setting
+    text = _content(settings.get(name))
     if text is None:
         return None
     token_id = encoder.token_to_id(text) if isinstance(text, str) else None
@@ -97,10 +178,23 @@ def _token_id(encoder: tokenizers.Tokenizer, settings: dict[str, Any], name: str
             f"got {name}={text!r} in tokenizer_config.json; it must be a token of tokenizer.json;"
             " mend one of the two"
         )
-    token = encoder.get_added_tokens_decoder().get(token_id)
-    if token is None or not token.special:
-        encoder.add_special_tokens([added(text, is_special=True)])
+    _make_special(encoder, token_id)
     return token_id
+
+
+def _content(setting: Any) -> Any:
+    """Returns a token's text of a setting that is the text, or the token's own settings."""
+    return setting.get("content") if isinstance(setting, dict) else setting
+
+
+def _make_special(encoder: tokenizers.Tokenizer, token_id: int) -> None:
+    token = encoder.get_added_tokens_decoder().get(token_id)
+    text = encoder.id_to_token(token_id)
+    if token is None or not token.special:
+        strips = {} if token is None else {"lstrip": token.lstrip, "rstrip": token.rstrip}
+        encoder.add_special_tokens(
+            [tokenizers.AddedToken(text, special=True, normalized=False, **strips)]
+        )
 
 
 def _read_ends(folder: Path, encoder: tokenizers.Tokenizer) -> tuple[int, ...]:
@@ -154,7 +248,7 @@ def _read_decoder(encoder: tokenizers.Tokenizer) -> tuple[bool, bool]:
         if "type" in step
     )
     has_space = any(
-        step.get("type") == "Replace" and step["pattern"] == {"String": _SPACE} for step in steps
+        step.get("type") == "Replace" and step["pattern"] == {"String": SPACE} for step in steps
     )
     if has_space or "Metaspace" in kinds:
         return False, strips
@@ -178,6 +272,9 @@ def _read_chat_template(folder: Path, settings: dict[str, Any]) -> str | None:
     if path.is_file():
         return path.read_text(encoding="utf-8")
     template = settings.get("chat_template")
+    if template is None:
+        # Where models of text and images have it.
+        template = _read_json(folder / "chat_template.json").get("chat_template")
     if isinstance(template, list):
         named = {entry.get("name"): entry.get("template") for entry in template}
         template = named.get("default")

@@ -11,6 +11,9 @@ import tokenizers
 
 from pallasite.engine.errors import RequestError
 
+# What SentencePiece writes for a space.
+SPACE = "\u2581"
+
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerParts:
@@ -18,6 +21,8 @@ class TokenizerParts:
 
     Attributes:
         encoder: the library's tokenizer, special tokens added, without truncation or padding.
+        opens_with_space: whether a text is encoded with a space in front that is not its own, and
+            text behind a special token without: a space for the caller to put there.
         special_tokens: id to the special (control) token of that id.
         is_byte_level: whether a token's text stands for bytes, one character each (GPT-2); else
             it is a SentencePiece piece, with U+2581 for a space and `<0x0A>` for a byte.
@@ -31,6 +36,7 @@ class TokenizerParts:
     """
 
     encoder: tokenizers.Tokenizer
+    opens_with_space: bool = False
     special_tokens: Mapping[int, tokenizers.AddedToken]
     is_byte_level: bool
     strips_leading_space: bool
@@ -42,9 +48,13 @@ class TokenizerParts:
     chat_template: str | None
 
 
-def added(text: str, *, is_special: bool) -> tokenizers.AddedToken:
+def added(
+    text: str, *, is_special: bool, takes_space_behind: bool = False
+) -> tokenizers.AddedToken:
     """Returns a token that is matched in the text as written, before any normalization."""
-    return tokenizers.AddedToken(text, special=is_special, normalized=False)
+    return tokenizers.AddedToken(
+        text, special=is_special, normalized=False, rstrip=takes_space_behind
+    )
 
 
 def check_text(text: str, field: str) -> None:

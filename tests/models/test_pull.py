@@ -222,7 +222,7 @@ def test_a_hub_repository_becomes_a_folder(hub, cache):
     assert hub.asked == {
         "repo": "org/tiny",
         "revision": "main",
-        "patterns": ["*.safetensors", "*.json", "chat_template.jinja"],
+        "patterns": ["*.safetensors", "*.json", "tokenizer.model", "chat_template.jinja"],
     }
 
 

@@ -17,8 +17,8 @@ from tests.server.fake_engine import FakeEngine
 from tests.tiny_checkpoints import CHAT_TEMPLATE, byte_tokenizer, write_json
 
 
-def make_tokenizer(folder: Path):
-    """The byte tokenizer of the tiny checkpoints, with its chat template."""
+def make_tokenizer(folder: Path, chat_template: str = CHAT_TEMPLATE):
+    """The byte tokenizer of the tiny checkpoints, with its chat template or another."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "tokenizer.json", byte_tokenizer())
     write_json(
@@ -27,17 +27,19 @@ def make_tokenizer(folder: Path):
             "bos_token": "<|im_start|>",
             "eos_token": "<|im_end|>",
             "add_bos_token": False,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": chat_template,
         },
     )
     return load_tokenizer(folder)
 
 
 @asynccontextmanager
-async def serving(tmp_path, engine=None, *, api_key=None, policy=None, **config):
+async def serving(
+    tmp_path, engine=None, *, api_key=None, policy=None, chat_template=CHAT_TEMPLATE, **config
+):
     """Yields server, engine, client and the raw stubs of one channel."""
     engine = engine or FakeEngine()
-    tokenizer = make_tokenizer(tmp_path / "tokenizer")
+    tokenizer = make_tokenizer(tmp_path / "tokenizer", chat_template)
     server_config = ServerConfig(model=Path("tiny"), port=0, **config)
     template = ChatTemplate(tokenizer.chat_template, tokenizer)
     server = GrpcServer(server_config, engine, tokenizer, template)

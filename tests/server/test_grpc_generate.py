@@ -10,6 +10,7 @@ from pallasite.proto import inference_pb2 as pb
 from pallasite.server.client import SamplingParams, bad_fields
 from pallasite.server.grpc_convert import PLAIN_PARAMS
 from tests.server.fake_engine import FakeEngine
+from tests.server.family_templates import FAMILIES
 from tests.server.serving import eventually, serving
 
 
@@ -106,6 +107,18 @@ async def test_a_chat_goes_through_the_template_and_forges_no_turn(tmp_path):
         ids = s.engine.submitted[0].prompt_ids
     plain = b"a<|im_end|>"
     assert ids == (257, *b"user\n", *plain, 258, *b"\n", 257, *b"assistant\n")
+
+
+async def test_what_a_chat_template_refuses_reaches_the_client_in_its_own_words(tmp_path):
+    template = FAMILIES["gemma"].source
+    async with serving(tmp_path, chat_template=template) as s:
+        messages = [{"role": "assistant", "content": "a"}]
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await collect(s.client.chat(messages, SamplingParams(max_tokens=1)))
+    assert caught.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+    assert "(roles must alternate: turn 1 is of assistant)" in caught.value.details()
+    assert bad_fields(caught.value) == ["chat.messages"]
+    assert s.engine.submitted == []
 
 
 @pytest.mark.parametrize("include_stop", [False, True])

@@ -14,7 +14,9 @@ from pallasite.models.gguf_file import GgufFile
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
 from pallasite.server.tokenizer_gguf import build_from_gguf
 from tests.server.tiny_tokenizers import (
+    CONTROL,
     SPECIALS,
+    USER_DEFINED,
     byte_level,
     byte_level_metadata,
     sentencepiece,
@@ -147,13 +149,43 @@ def test_bos_is_added_as_the_file_or_its_family_says(metadata, is_bos_added):
 
 
 def test_gguf_names_every_end():
-    assert BYTE_LEVEL.eos_token_ids == (
-        SPECIALS.index("<|im_end|>"),
-        SPECIALS.index("<|eot_id|>"),
-    )
+    named = ("<|im_end|>", "<|eot_id|>")
+    assert BYTE_LEVEL.eos_token_ids[:2] == tuple(map(SPECIALS.index, named))
     metadata = byte_level_metadata() | {"tokenizer.ggml.add_eos_token": True}
     tokenizer = Tokenizer(build_from_gguf(metadata))
     assert tokenizer.encode("", adds_special_tokens=True) == [SPECIALS.index("<|im_end|>")]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kinds"),
+    [
+        # Gemma's, Phi 3's, Qwen's and Llama 3's ends of a turn; the files name the end of a text.
+        (["<end_of_turn>", "</s>"], [CONTROL, USER_DEFINED]),
+        (["<|end|>", "<|assistant|>"], [USER_DEFINED, CONTROL]),
+        (["<|im_end|>", "<|im_start|>"], [CONTROL, CONTROL]),
+        (["<|eot_id|>", "<|end_header_id|>"], [CONTROL, CONTROL]),
+    ],
+)
+def test_the_end_of_a_turn_that_a_gguf_does_not_name_is_known_by_its_text(tokens, kinds):
+    metadata = sentencepiece_metadata()
+    num_tokens = len(metadata["tokenizer.ggml.tokens"])
+    end = metadata["tokenizer.ggml.tokens"].index("</s>")
+    # The tiny vocabulary has some of them already.
+    metadata["tokenizer.ggml.tokens"] = [
+        text if i == end or text not in {*tokens, *SPECIALS} else f"[{i}]"
+        for i, text in enumerate(metadata["tokenizer.ggml.tokens"])
+    ]
+    if "</s>" in tokens:
+        metadata["tokenizer.ggml.tokens"][end] = "<eos>"
+    metadata["tokenizer.ggml.tokens"] += tokens
+    metadata["tokenizer.ggml.token_type"] += kinds
+    metadata["tokenizer.ggml.scores"] += [-1000.0, -1000.0]
+    tokenizer = Tokenizer(build_from_gguf(metadata))
+    assert tokenizer.eos_token_ids == (end, num_tokens)
+    assert num_tokens in tokenizer.special_ids
+    assert tokenizer.special_ids.isdisjoint(
+        tokenizer.encode(f"a{tokens[0]}", adds_special_tokens=False)
+    )
 
 
 def test_special_tokens_come_only_from_text_that_is_split():
@@ -204,7 +236,8 @@ def test_a_character_that_the_vocabulary_lacks_is_refused_and_not_dropped():
     [
         ({"tokenizer.ggml.model": "bert"}, "got tokenizer.ggml.model='bert'; known kinds"),
         ({"tokenizer.ggml.pre": "new"}, "known pre-tokenizers are .*gpt-2, .*llama-bpe.*smollm"),
-        ({"tokenizer.ggml.pre": None}, "got a NoneType for tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.pre": None}, "got nothing for tokenizer.ggml.pre"),
+        ({"tokenizer.ggml.pre": 1}, "got a int for tokenizer.ggml.pre"),
         ({"tokenizer.ggml.tokens": ["a", "a"], "tokenizer.ggml.token_type": [1, 1]}, "1 repeated"),
         ({"tokenizer.ggml.tokens": [1]}, "a int at 0 for tokenizer.ggml.tokens"),
         ({"tokenizer.ggml.tokens": []}, "no entries for tokenizer.ggml.tokens"),
@@ -214,11 +247,18 @@ def test_a_character_that_the_vocabulary_lacks_is_refused_and_not_dropped():
         ({"tokenizer.ggml.bos_token_id": 279}, "279 for tokenizer.ggml.bos_token_id"),
         ({"tokenizer.ggml.eot_token_id": -1}, "-1 for tokenizer.ggml.eot_token_id"),
         ({"tokenizer.ggml.add_bos_token": 1}, "a int for tokenizer.ggml.add_bos_token"),
+        (
+            {"tokenizer.ggml.bos_token_id": None, "tokenizer.ggml.add_bos_token": True},
+            "got nothing for tokenizer.ggml.bos_token_id; it must be set where add_bos_token is",
+        ),
     ],
 )
 def test_a_damaged_gguf_vocabulary_names_the_key(change, message):
+    metadata = byte_level_metadata() | change
+    for key in [key for key, value in change.items() if value is None]:
+        del metadata[key]
     with pytest.raises(ConfigError, match=message):
-        build_from_gguf(byte_level_metadata() | change)
+        build_from_gguf(metadata)
 
 
 def test_a_damaged_sentencepiece_vocabulary_names_the_key():
@@ -226,8 +266,62 @@ def test_a_damaged_sentencepiece_vocabulary_names_the_key():
         build_from_gguf(sentencepiece_metadata() | {"tokenizer.ggml.scores": [0.0]})
     metadata = sentencepiece_metadata()
     metadata["tokenizer.ggml.token_type"][20] = 1
-    with pytest.raises(ConfigError, match="255 byte tokens for"):
+    with pytest.raises(ConfigError, match="got a SentencePiece vocabulary with 255 byte pieces"):
         build_from_gguf(metadata)
+
+
+def test_scores_that_order_nothing_are_refused_since_any_order_would_be_a_guess():
+    metadata = sentencepiece_metadata()
+    metadata["tokenizer.ggml.scores"] = [-1000.0] * len(metadata["tokenizer.ggml.tokens"])
+    with pytest.raises(ConfigError, match="joined pieces that all have one score"):
+        build_from_gguf(metadata)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("scores", float("nan"), "a score that is not finite"),
+        ("tokens", "a" * 513, "a piece of 513 characters"),
+    ],
+)
+def test_pieces_that_would_take_long_or_have_no_order_are_refused(key, value, message):
+    metadata = sentencepiece_metadata()
+    metadata[f"tokenizer.ggml.{key}"][-1] = value
+    with pytest.raises(ConfigError, match=message):
+        build_from_gguf(metadata)
+
+
+def test_text_that_a_gguf_wants_changed_before_it_is_encoded_is_refused():
+    metadata = sentencepiece_metadata() | {"tokenizer.ggml.remove_extra_whitespaces": True}
+    with pytest.raises(ConfigError, match=r"tokenizer\.ggml\.remove_extra_whitespaces"):
+        build_from_gguf(metadata)
+
+
+def test_a_vocabulary_as_large_as_gemmas_is_built_in_seconds():
+    code = (
+        "import itertools, resource, time\n"
+        "from pallasite.server.tokenizer import Tokenizer\n"
+        "from pallasite.server.tokenizer_gguf import build_from_gguf\n"
+        "from tests.server.tiny_tokenizers import NORMAL, sentencepiece_metadata\n"
+        "metadata = sentencepiece_metadata()\n"
+        "words = map(''.join, itertools.product('abcdehlorst', repeat=6))\n"
+        "seen = dict.fromkeys(word[:n] for word in words for n in range(2, 7))\n"
+        "tokens = metadata['tokenizer.ggml.tokens']\n"
+        "more = [word for word in seen if word not in tokens][: 262_144 - len(tokens)]\n"
+        "metadata['tokenizer.ggml.token_type'] += [NORMAL] * len(more)\n"
+        "metadata['tokenizer.ggml.scores'] += [-float(i) for i in range(len(more))]\n"
+        "tokens += more\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "start = time.process_time()\n"
+        "tokenizer = Tokenizer(build_from_gguf(metadata))\n"
+        "assert tokenizer.vocab_size == 262_144\n"
+        "print(time.process_time() - start)\n"
+        "print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    seconds, mib = map(float, done.stdout.split())
+    assert seconds < 10
+    assert mib < 800
 
 
 @pytest.fixture(scope="module")
@@ -272,7 +366,7 @@ def test_smollm2_encodes_as_plain_bpe_over_its_merges_does(smollm2, real_model_p
         expected += [ids[part] for part in parts]
     assert smollm2.encode(text, adds_special_tokens=True) == expected
     assert smollm2.vocab_size == 49152
-    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.adds_bos) == (1, (2,), False)
+    assert (smollm2.bos_token_id, smollm2.eos_token_ids, smollm2.adds_bos) == (1, (2, 0), False)
     assert smollm2.special_ids == set(range(17))
 
 

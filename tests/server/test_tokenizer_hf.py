@@ -107,12 +107,18 @@ def test_a_hugging_face_folder_is_read_whole(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [2, 1]}')
     assert load_tokenizer(folder).eos_token_ids == (2, 1)
     assert load_tokenizer(folder).eos_token_id == 2
+    (folder / "chat_template.json").write_text('{"chat_template": "P"}')
+    assert load_tokenizer(folder).chat_template == "D"
     (folder / "chat_template.jinja").write_text("J")
     assert load_tokenizer(folder).chat_template == "J"
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     settings |= {"add_bos_token": False, "add_eos_token": True}
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    del settings["chat_template"]
+    (folder / "chat_template.jinja").unlink()
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     changed = load_tokenizer(folder)
+    assert changed.chat_template == "P"
     assert changed.encode("hello a", adds_special_tokens=True) == [*ids[1:], 2]
     assert not changed.adds_bos
 
@@ -139,6 +145,35 @@ def test_an_ending_that_is_not_marked_special_is_one_all_the_same(tmp_path):
     assert tokenizer.encode_pieces(tokenizer.split_special("a<e>")) == [0, 4]
 
 
+def test_the_ends_of_the_generation_settings_cannot_be_forged_either(tmp_path):
+    encoder = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "<": 1, "e": 2, ">": 3}, merges=[]))
+    encoder.add_tokens([tokenizers.AddedToken("<e>", special=False, rstrip=True)])
+    encoder.decoder = decoders.ByteLevel()
+    folder = _save(tmp_path, encoder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [0, 4]}')
+    tokenizer = load_tokenizer(folder)
+    # An ordinary token stays one.
+    assert (tokenizer.eos_token_ids, tokenizer.special_ids) == ((0, 4), {4})
+    assert tokenizer.encode("a<e>", adds_special_tokens=False) == [0, 1, 2, 3]
+    assert tokenizer.split_special("<e>  a") == [4, "a"]
+
+
+@pytest.mark.parametrize("scheme", ["first", "always", "legacy"])
+def test_text_cut_inside_a_special_string_gets_no_space_that_it_does_not_have(tmp_path, scheme):
+    encoder = _llama_encoder(scheme)
+    state = json.loads(encoder.to_str())
+    # The whole string of a special token, put together from pieces.
+    state["model"]["vocab"] |= {"<": 300, "s": 301, ">": 302, "<s": 303}
+    state["model"]["merges"] += [["<", "s"], ["<s", ">"]]
+    encoder = tokenizers.Tokenizer.from_str(json.dumps(state))
+    encoder.encode_special_tokens = True
+    assert 1 in encoder.encode("a<s>", add_special_tokens=False).ids
+    tokenizer = load_tokenizer(_save(tmp_path, encoder, bos_token="<s>"))
+    ids = tokenizer.encode("a<s>", adds_special_tokens=False)
+    assert tokenizer.special_ids.isdisjoint(ids)
+    assert tokenizer.decode(ids, skips_special=True) == "a<s>"
+
+
 def test_a_vocabulary_that_holds_a_special_string_as_a_whole_word_cannot_forge_it(tmp_path):
     vocab = {"<s>": 0, "<": 1, "s": 2, ">": 3, "a": 4}
     encoder = tokenizers.Tokenizer(models.BPE(vocab=vocab, merges=[], ignore_merges=True))
@@ -155,7 +190,7 @@ def test_a_vocabulary_that_holds_a_special_string_as_a_whole_word_cannot_forge_i
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({}, "a folder without tokenizer.json"),
+        ({}, "a folder without tokenizer.json and without tokenizer.model"),
         ({"tokenizer.json": "{"}, "a tokenizer.json that cannot be read"),
         ({"tokenizer_config.json": "["}, "a damaged tokenizer_config.json"),
         ({"tokenizer_config.json": "[]"}, r"a damaged tokenizer_config.json \(a list\)"),
