@@ -122,7 +122,7 @@ class Declare:
         self.names: list[str] = []
         self._base = parse_form(base)
         self._dtype = compute_dtype(base)
-        self._stacked_dtype = storage_dtype(self._dtype, target)
+        self._target = target
         self._rules = rules
 
     def matrix(
@@ -136,13 +136,13 @@ class Declare:
         self.names.append(source.pattern_name)
         form = form_of(source.pattern_name, self._rules) or self._base
         held = self._held(shape, axes)
-        if not form.is_quantized:
-            # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
-            dtype = self._stacked_dtype if source.is_stacked else self._dtype
-            parts = {"values": _weight(held, axes, dtype)}
-        else:
+        if form.is_quantized:
             parts = self._quantized_parts(held, axes, form, source)
-        return Matrix(parts, axes, (form, self._dtype, source))
+            return Matrix(parts, axes, (form, self._dtype, source))
+        dtype = compute_dtype("f32" if form.kind == "f32" else "bf16")
+        # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
+        held_as = storage_dtype(dtype, self._target) if source.is_stacked else dtype
+        return Matrix({"values": _weight(held, axes, held_as)}, axes, (form, dtype, source))
 
     def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> Weight:
         """Declares a norm's scale or a bias: always f32, since it costs nothing."""
