@@ -137,7 +137,11 @@ def build_parser() -> Parser:
     evaluate = commands.add_parser("evaluate", help="a model's perplexity on a text")
     evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
     evaluate.add_argument(
-        "--text", type=FILE, metavar="FILE", required=True, help="UTF-8; - is standard input"
+        "--text",
+        type=FILE,
+        metavar="FILE",
+        required=True,
+        help="UTF-8; - is standard input (required)",
     )
     evaluate.add_argument(
         "--against",
