@@ -16,11 +16,11 @@ from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, plan_deployment
 from pallasite.engine.layout import Bucket
+from pallasite.engine.plan import Plan
 from pallasite.engine.planner import memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
-from pallasite.engine.scheduler import Plan
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
@@ -58,6 +58,11 @@ class Runtime:
         return self.cache_spec.model
 
     @property
+    def num_shards(self) -> int:
+        """Data shards, each with an equal part of the slots and of the pages."""
+        return 1
+
+    @property
     def page_size(self) -> int:
         return self.cache_spec.target.page_size
 
@@ -68,29 +73,35 @@ class Runtime:
         self._state = _allocate_state(self._spec.state)
 
     def bucket_for(self, plan: Plan) -> Bucket:
-        """Returns the smallest bucket that takes a plan. Raises LookupError, counted, for none."""
-        num_rows, num_tokens = len(plan.rows), plan.num_tokens
-        has_prefill = plan.num_decode < num_rows
+        """Returns the smallest bucket that takes every part of a plan.
+
+        Raises LookupError, counted, for none.
+        """
+        num_rows, num_tokens = plan.most_rows, plan.most_tokens
         for bucket in self.programs.buckets:
             fits = num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows
-            if fits and bucket.has_prefill == has_prefill:
+            if fits and bucket.has_prefill == plan.has_prefill:
                 return bucket
         wanted = Bucket(num_tokens=num_tokens, num_rows=num_rows)
         self.programs.step(wanted)
         return wanted
 
-    def edit(self, edit: SlotEdit) -> None:
-        """Prepares a slot for a sequence."""
+    def edit(self, edit: SlotEdit, shard: int) -> None:
+        """Prepares a shard's slot for a sequence."""
+        assert shard == 0
         assert self._state is not None
         self._state = self.programs.edit(self._state, edit)
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Launches a step; returns its results and its prompt scores, still on the device."""
+        """Launches a step of words [shards, W], still on the device when it returns.
+
+        Returns its results and its prompt scores.
+        """
         assert self._cache is not None
         assert self._state is not None
         step = self.programs.step(bucket)
         self._cache, self._state, results, scores = step(
-            self._weights, self._cache, self._state, words
+            self._weights, self._cache, self._state, words[0]
         )
         return results, scores
 
