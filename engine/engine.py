@@ -22,6 +22,7 @@ from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
+from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.errors import (
     RequestError,
     closed_error,
@@ -33,12 +34,11 @@ from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
 from pallasite.engine.offline import collect
-from pallasite.engine.page_pool import PagePool
+from pallasite.engine.plan import Plan, without_ended
 from pallasite.engine.programs import EDIT_TOKENS
 from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
 from pallasite.engine.sampler_state import slot_edits
-from pallasite.engine.scheduler import Plan, Scheduler, make_plan
 from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, check_request_id, validate
@@ -77,11 +77,11 @@ class Engine:
         self.max_context_len = runtime.max_context_len
         self.metrics = EngineMetrics(programs=runtime.programs)
         self._runtime = runtime
-        self._pool = PagePool(runtime.cache_spec.num_pages)
-        self._scheduler = Scheduler(
-            self._pool, runtime.page_size, config.max_requests, config.max_batch_tokens
+        num_shards, num_pages = runtime.num_shards, runtime.cache_spec.num_pages
+        self._scheduler = Dispatcher(
+            num_shards, num_pages, runtime.page_size, config.max_requests, config.max_batch_tokens
         )
-        self._builder = BatchBuilder(runtime.layouts, config.max_requests)
+        self._builder = BatchBuilder(runtime.layouts, num_shards, config.max_requests // num_shards)
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
         self._leases = LeaseTable(config.max_leases)
@@ -90,7 +90,7 @@ class Engine:
         self._bounds = Bounds(
             vocab_size=runtime.model_config.vocab_size,
             max_context_len=runtime.max_context_len,
-            num_cached_tokens=self._pool.num_pages * runtime.page_size,
+            num_cached_tokens=num_pages // num_shards * runtime.page_size,
             limits=config.limits,
         )
         self._intake = Intake(config.max_waiting, self._take_in)
@@ -234,8 +234,8 @@ class Engine:
         return EngineLoad(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._intake.num_queued,
-            num_pages=self._pool.num_pages,
-            num_free_pages=self._pool.num_free,
+            num_pages=self._scheduler.num_pages,
+            num_free_pages=self._scheduler.num_free_pages,
             num_leased_pages=self._leases.num_pages(),
         )
 
@@ -322,18 +322,16 @@ class Engine:
             except Exception as error:  # one request's fault must not end the others
                 logger.exception("a request could not be prepared; it alone ends")
                 self._committer.fail(sequence, internal_error(error))
-        # One that ended has lost its pages, so its row would write to those of another.
-        rows = [row for row in plan.rows if row.sequence.state is State.RUNNING]
-        return make_plan(rows, plan.admitted)
+        return without_ended(plan)
 
     def _launch(self, plan: Plan) -> _Launched:
         bucket = self._runtime.bucket_for(plan)
         words = self._builder.build(plan, bucket, self.model_config.eos_token_ids)
-        results, scores = self._runtime.run(bucket, words[None])
+        results, scores = self._runtime.run(bucket, words)
         results.copy_to_host_async()
         metrics = self.metrics
         metrics.num_steps += 1
-        metrics.padded_tokens += bucket.num_tokens - plan.num_tokens
+        metrics.padded_tokens += len(plan.parts) * bucket.num_tokens - plan.num_tokens
         metrics.num_preemptions = self._scheduler.num_preemptions
         has_scores = any(row.sequence.needs_scores for row in plan.rows)
         return _Launched(plan=plan, results=results, scores=scores if has_scores else None)
@@ -344,12 +342,12 @@ class Engine:
         output_ids = sequence.token_ids[len(prompt_ids) :]
         params = sequence.request.params
         for edit in slot_edits(params, prompt_ids, output_ids, sequence.slot, EDIT_TOKENS):
-            self._runtime.edit(edit, 0)
+            self._runtime.edit(edit, sequence.shard)
 
     def _commit(self, launched: _Launched) -> None:
         # The one read of a step. Scores, which few steps have, are read beside it.
-        results = np.asarray(launched.results)[0]
-        scores = None if launched.scores is None else np.asarray(launched.scores)[0]
+        results = np.asarray(launched.results)
+        scores = None if launched.scores is None else np.asarray(launched.scores)
         num_tokens = self._committer.commit(launched.plan, results, scores, self._leases.grant)
         self.metrics.generation_tokens += num_tokens
 
@@ -398,7 +396,7 @@ class Engine:
         self._deliver()
 
     def _audit(self) -> PageAudit:
-        return audit(self._pool, self._owners(), self._leases.num_pages())
+        return audit(self._scheduler.pools, self._owners(), self._leases.num_pages())
 
     def _owners(self) -> list[Sequence]:
         """Every sequence that is open or whose pages are leased."""
@@ -427,7 +425,7 @@ class Engine:
         """Promises a lease, so that leases hold half of the cache at most, or a single one more."""
         page_size = self._runtime.page_size
         promised = self._intake.promised_pages(page_size)
-        bound = self._pool.num_pages
+        bound = self._scheduler.num_pages
         if promised + self._leases.num_pages() > 0:
             bound = bound // 2 - promised - -(-num_prompt // page_size)
         self._leases.reserve(bound)

@@ -16,11 +16,11 @@ from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.layout import Bucket
+from pallasite.engine.plan import Plan
 from pallasite.engine.planner import memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
-from pallasite.engine.scheduler import Plan
 from pallasite.models.adapter_peft import PeftAdapter
 from pallasite.models.adapters import place_one
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
@@ -78,12 +78,14 @@ class Runtime:
         self._state = _allocate_state(self._spec.state)
 
     def bucket_for(self, plan: Plan) -> Bucket:
-        """Returns the smallest bucket that takes a plan. Raises LookupError, counted, for none."""
-        num_rows, num_tokens = len(plan.rows), plan.num_tokens
-        has_prefill = plan.num_decode < num_rows
+        """Returns the smallest bucket that takes every part of a plan.
+
+        Raises LookupError, counted, for none.
+        """
+        num_rows, num_tokens = plan.most_rows, plan.most_tokens
         for bucket in self.programs.buckets:
             fits = num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows
-            if fits and bucket.has_prefill == has_prefill:
+            if fits and bucket.has_prefill == plan.has_prefill:
                 return bucket
         wanted = Bucket(num_tokens=num_tokens, num_rows=num_rows)
         self.programs.step(wanted)
