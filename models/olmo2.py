@@ -32,7 +32,7 @@ class RowRmsNorm(RmsNorm):
         num_copies = declare.partition.num_copies if axis == "kv_heads" else 1
         self.num_summed = width * num_copies
 
-    def __call__(self, x: Float[Array, "*T NH"]) -> Float[Array, "*T NH"]:
+    def __call__(self, x: Float[Array, "T NH"]) -> Float[Array, "T NH"]:
         squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         mean_square = sum_over(squares, MODEL_AXIS) / self.num_summed
         return x * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...][None]

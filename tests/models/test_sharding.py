@@ -37,7 +37,7 @@ WEIGHT_SPECS = {
 @pytest.mark.parametrize("name", FAMILY_MODELS)
 def test_the_rules_cover_every_declared_axis(name):
     config = FAMILY_MODELS[name].config
-    axes = {*kv_cache.AXES, "slots"}
+    axes = {*kv_cache.AXES, "slots", "ranks"}
     for rules in ((), (("proj", "int8"),)):
         for name, weight in named_weights(make_model(config, "bf16", CPU, rules=rules)):
             assert len(weight.get_metadata("axes")) == len(weight.shape), name
