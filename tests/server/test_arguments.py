@@ -75,7 +75,9 @@ def test_shown_defaults_are_the_ones_that_run(capsys):
             value = defaults[flag.field]
             shown = flag.unset if value is None else "''" if value == "" else value
             shown = "none" if value == () else shown
-            row = re.search(rf"{flag_name(config, flag)} \S+ (?P<help>.*?\(default.*?\))", text)
+            row = re.search(
+                rf"{flag_name(config, flag)} [^\s\]]+ (?P<help>.*?\(default.*?\))", text
+            )
             assert row is not None, flag.field
             assert row["help"].replace("- ", "-").endswith(f"(default: {shown})")
 
