@@ -104,6 +104,8 @@ class Tokenizer:
                 ids += self._encode_first(piece, "messages")
             else:
                 self._check(piece, "messages")
+                if self._parts.reopens_with_space and not piece.startswith(" "):
+                    piece = " " + piece
                 ids += self._encode_plain(piece, self._continuing_encoder, "messages")
         return ids
 
