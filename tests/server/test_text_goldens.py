@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from pallasite.server.chat_template import ChatTemplate
+from pallasite.server.detokenizer import Detokenizer
 from pallasite.server.sentencepiece_file import read_model
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
 from pallasite.server.tokenizer_gguf import build_from_gguf
@@ -171,3 +172,18 @@ def test_text_behind_a_special_token_of_a_gguf_gets_one_space_in_front(folder_of
         assert tokenizer.token_text(ids[-2]) == "[INST]"
     double = encode_trusted(tokenizer, "[INST]  hello")
     assert "".join(map(tokenizer.token_text, double)).endswith("[INST]\u2581\u2581hello")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "no-bytes"])
+def test_any_text_comes_back_whole_and_token_by_token(folder_of, name):
+    tokenizer = load_tokenizer(folder_of(name))
+    num_split = 0
+    for text, ids in zip(TEXTS, MODELS[name]["ids"], strict=True):
+        text = text.replace("\u2581", " ")
+        assert tokenizer.decode(ids, skips_special=True) == text
+        detokenizer = Detokenizer(tokenizer, (), False, True)
+        deltas = [detokenizer.push([token_id]).text for token_id in ids]
+        num_split += "" in deltas[1:] and "\ufffd" not in "".join(deltas)
+        assert "".join(deltas) == text
+        assert detokenizer.finish().text == ""
+    assert num_split > 10
