@@ -14,13 +14,12 @@ import numpy as np
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
+from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.layout import Bucket
-from pallasite.engine.page_pool import PagePool
 from pallasite.engine.programs import EDIT_TOKENS
 from pallasite.engine.request import KvHandle, Request, SamplingParams
 from pallasite.engine.runtime import Runtime
 from pallasite.engine.sampler_state import slot_edits
-from pallasite.engine.scheduler import Scheduler
 from pallasite.engine.sequence import Sequence as EngineSequence
 from pallasite.engine.sequence import new_group
 from pallasite.engine.stream import TokenStream
@@ -68,11 +67,11 @@ class StepDriver:
 
     def __init__(self, runtime: Runtime, config: EngineConfig) -> None:
         self._runtime = runtime
-        pool = PagePool(runtime.cache_spec.num_pages)
-        self._scheduler = Scheduler(
-            pool, runtime.page_size, config.max_requests, config.max_batch_tokens
+        num_shards, num_pages = runtime.num_shards, runtime.cache_spec.num_pages
+        self._scheduler = Dispatcher(
+            num_shards, num_pages, runtime.page_size, config.max_requests, config.max_batch_tokens
         )
-        self._builder = BatchBuilder(runtime.layouts, config.max_requests)
+        self._builder = BatchBuilder(runtime.layouts, num_shards, config.max_requests // num_shards)
         self._eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, self._eos, config.max_unread_tokens)
         self._arrivals = count()
@@ -128,7 +127,7 @@ class StepDriver:
         request = sequence.request
         edits = slot_edits(request.params, request.prompt_ids, [], sequence.slot, EDIT_TOKENS)
         for edit in edits:
-            self._runtime.edit(edit)
+            self._runtime.edit(edit, sequence.shard)
 
 
 def time_buckets(

@@ -1,7 +1,7 @@
 """Whether the pages are accounted for: run by tests after each engine test, and by the operator."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from pallasite.engine.page_pool import PagePool
@@ -19,23 +19,31 @@ class PageAudit:
     problems: tuple[str, ...] = ()
 
 
-def audit(pool: PagePool, owners: Iterable[Sequence], num_leased: int) -> PageAudit:
-    """Compares the pool's reference counts with what the sequences hold."""
-    held = Counter(page for sequence in owners for page in sequence.pages)
-    counted = pool.references()
+def audit(pools: Collection[PagePool], owners: Iterable[Sequence], num_leased: int) -> PageAudit:
+    """Compares the reference counts of each shard's pool with what the sequences hold."""
+    held = Counter((sequence.shard, page) for sequence in owners for page in sequence.pages)
+    counted = {
+        (shard, page): count
+        for shard, pool in enumerate(pools)
+        for page, count in pool.references().items()
+    }
     problems = [
-        f"page {page} has {counted.get(page, 0)} references and {held.get(page, 0)} owners"
-        for page in sorted(held.keys() | counted.keys())
-        if counted.get(page, 0) != held.get(page, 0)
+        f"page {page} of shard {shard} has {counted.get((shard, page), 0)} references and"
+        f" {held.get((shard, page), 0)} owners"
+        for shard, page in sorted(held.keys() | counted.keys())
+        if counted.get((shard, page), 0) != held.get((shard, page), 0)
     ]
-    if pool.num_free + len(counted) != pool.num_pages:
-        problems.append(
-            f"{pool.num_free} pages are free and {len(counted)} in use, of {pool.num_pages}"
-        )
+    for shard, pool in enumerate(pools):
+        num_used = len(pool.references())
+        if pool.num_free + num_used != pool.num_pages:
+            problems.append(
+                f"{pool.num_free} pages of shard {shard} are free and {num_used} in use, of"
+                f" {pool.num_pages}"
+            )
     return PageAudit(
-        free=pool.num_free,
+        free=sum(pool.num_free for pool in pools),
         used=len(counted) - num_leased,
         leased=num_leased,
-        total=pool.num_pages,
+        total=sum(pool.num_pages for pool in pools),
         problems=tuple(problems),
     )

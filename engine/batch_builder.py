@@ -4,43 +4,62 @@ import numpy as np
 
 from pallasite.engine.config import Limits
 from pallasite.engine.layout import SAMPLING_FIELDS, Bucket, Layout
+from pallasite.engine.plan import Part, Plan, Row
 from pallasite.engine.request import SamplingParams
 from pallasite.engine.sampler_state import has_bias
-from pallasite.engine.scheduler import Plan, Row
 from pallasite.engine.sequence import Sequence
 
 
 class BatchBuilder:
-    """Keeps what a slot's sequence needs in every step, and fills in the rest step by step."""
+    """Keeps what a slot's sequence needs in every step, and fills in the rest step by step.
 
-    def __init__(self, layouts: dict[Bucket, Layout], num_slots: int) -> None:
+    `num_slots` are those of each shard.
+    """
+
+    def __init__(self, layouts: dict[Bucket, Layout], num_shards: int, num_slots: int) -> None:
         pages_per_request = next(iter(layouts.values())).pages_per_request
         self._layouts = layouts
         self._sampling: dict[str, np.ndarray] = {
-            name: np.zeros(num_slots, dtype) for name, dtype in SAMPLING_FIELDS.items()
+            name: np.zeros((num_shards, num_slots), dtype)
+            for name, dtype in SAMPLING_FIELDS.items()
         }
-        self._page_table = np.zeros((num_slots, pages_per_request), np.int32)
-        self._num_pages = np.zeros(num_slots, np.int32)
+        self._page_table = np.zeros((num_shards, num_slots, pages_per_request), np.int32)
+        self._num_pages = np.zeros((num_shards, num_slots), np.int32)
+        self._adapter_slot = np.full((num_shards, num_slots), -1, np.int32)
 
     def admit(self, sequence: Sequence) -> None:
         """Notes what is constant about a sequence that was just given its slot."""
-        slot, params = sequence.slot, sequence.request.params
+        place, params = (sequence.shard, sequence.slot), sequence.request.params
         for name in SAMPLING_FIELDS.keys() - {"seed", "has_bias", "num_logprobs"}:
-            self._sampling[name][slot] = getattr(params, name)
-        self._sampling["seed"][slot] = np.uint32(sequence.seed).view(np.int32)
-        self._sampling["has_bias"][slot] = has_bias(params)
-        self._sampling["num_logprobs"][slot] = -1 if params.logprobs is None else params.logprobs
-        self._num_pages[slot] = 0
+            self._sampling[name][place] = getattr(params, name)
+        self._sampling["seed"][place] = np.uint32(sequence.seed).view(np.int32)
+        self._sampling["has_bias"][place] = has_bias(params)
+        self._sampling["num_logprobs"][place] = -1 if params.logprobs is None else params.logprobs
+        self._adapter_slot[place] = sequence.adapter_slot
+        self._num_pages[place] = 0
 
     def build(self, plan: Plan, bucket: Bucket, eos_token_ids: tuple[int, ...]) -> np.ndarray:
-        """Returns the words of a step that runs `plan`; nothing writes to them afterwards."""
+        """Returns the words [shards, W] of a step that runs `plan`; nothing writes to them later.
+
+        Each shard's are a batch of its own, of its own slots and pages, and may have no rows.
+        """
         layout = self._layouts[bucket]
-        words = np.zeros(layout.num_words, np.int32)
-        views = layout.views(words)
-        slots = np.array([row.slot for row in plan.rows], np.int32)
-        count = len(plan.rows)
+        words = np.zeros((len(plan.parts), layout.num_words), np.int32)
+        for shard, part in enumerate(plan.parts):
+            self._fill(layout.views(words[shard]), shard, part, eos_token_ids)
+        return words
+
+    def _fill(
+        self,
+        views: dict[str, np.ndarray],
+        shard: int,
+        part: Part,
+        eos_token_ids: tuple[int, ...],
+    ) -> None:
+        slots = np.array([row.slot for row in part.rows], np.int32)
+        count = len(part.rows)
         start = 0
-        for index, row in enumerate(plan.rows):
+        for index, row in enumerate(part.rows):
             self._fill_tokens(views, row, start)
             self._note_pages(row)
             views["query_starts"][index] = start
@@ -51,18 +70,19 @@ class BatchBuilder:
             start += row.num_tokens
         views["query_starts"][count:] = start
         views["slot"][:count] = slots
-        views["page_table"][:count] = self._page_table[slots]
+        views["adapter_slot"][:count] = self._adapter_slot[shard, slots]
+        views["adapter_slot"][count:] = -1
+        views["page_table"][:count] = self._page_table[shard, slots]
         for name, values in self._sampling.items():
-            views[name][:count] = values[slots]
+            views[name][:count] = values[shard, slots]
         views["num_logprobs"][count:] = -1
         views["num_requests"][...] = count
-        views["num_decode"][...] = plan.num_decode
+        views["num_decode"][...] = part.num_decode
         views["bans"].fill(-1)
-        for index, row in enumerate(plan.rows):
+        for index, row in enumerate(part.rows):
             may_ban = row.samples and _may_ban(row.sequence.request.params)
             if may_ban and (pairs := bans(row, eos_token_ids)):
                 views["bans"][index, : len(pairs)] = pairs
-        return words
 
     def _fill_tokens(self, views: dict[str, np.ndarray], row: Row, start: int) -> None:
         end = start + row.num_tokens
@@ -76,11 +96,11 @@ class BatchBuilder:
             views["wants_scores"][...] = 1
 
     def _note_pages(self, row: Row) -> None:
-        slot, pages = row.slot, row.sequence.pages
-        known = self._num_pages[slot]
+        place, pages = (row.sequence.shard, row.slot), row.sequence.pages
+        known = self._num_pages[place]
         if known < len(pages):
-            self._page_table[slot, known : len(pages)] = pages[known:]
-            self._num_pages[slot] = len(pages)
+            self._page_table[place][known : len(pages)] = pages[known:]
+            self._num_pages[place] = len(pages)
 
 
 def bans(row: Row, eos_token_ids: tuple[int, ...]) -> list[tuple[int, int]]:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 
 import numpy as np
 
+from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.errors import ErrorCode, RequestError
+from pallasite.engine.plan import Plan, Row
 from pallasite.engine.request import (
     Finish,
     FinishReason,
@@ -14,7 +16,6 @@ from pallasite.engine.request import (
     TokenLogprobs,
 )
 from pallasite.engine.sampler import NONE_ALLOWED, NOT_FINITE, NUM_TOP, OK
-from pallasite.engine.scheduler import Plan, Row, Scheduler
 from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream
 
@@ -26,7 +27,7 @@ class Committer:
     """Applies a step's results to the sequences that it ran, and collects their events."""
 
     def __init__(
-        self, scheduler: Scheduler, eos_token_ids: tuple[int, ...], max_unread_tokens: int
+        self, scheduler: Dispatcher, eos_token_ids: tuple[int, ...], max_unread_tokens: int
     ) -> None:
         self._scheduler = scheduler
         self._eos_token_ids = frozenset(eos_token_ids)
@@ -36,17 +37,23 @@ class Committer:
     def commit(
         self, plan: Plan, results: np.ndarray, scores: np.ndarray | None, grant: Grant
     ) -> int:
-        """Takes in the words that `engine/step.py` packed. Returns the tokens that were kept."""
+        """Takes in the words that `engine/step.py` packed. Returns the tokens that were kept.
+
+        Args:
+            results: [shards, B, words], B rows of which a part has the first ones.
+            scores: [shards, T, words], of each token; None where no prompt is scored.
+        """
         now = time.monotonic()
         num_kept = 0
-        start = 0
-        for row, words in zip(plan.rows, results, strict=False):
-            if row.sequence.state is not State.FINISHED:
-                if row.sequence.needs_scores and scores is not None:
-                    self._take_scores(row, scores[start : start + row.num_tokens])
-                if row.samples:
-                    num_kept += self._take_sample(row.sequence, words, now, grant)
-            start += row.num_tokens
+        for shard, part in enumerate(plan.parts):
+            start = 0
+            for row, words in zip(part.rows, results[shard], strict=False):
+                if row.sequence.state is not State.FINISHED:
+                    if row.sequence.needs_scores and scores is not None:
+                        self._take_scores(row, scores[shard, start : start + row.num_tokens])
+                    if row.samples:
+                        num_kept += self._take_sample(row.sequence, words, now, grant)
+                start += row.num_tokens
         return num_kept
 
     def take_touched(self) -> dict[TokenStream, Group]:

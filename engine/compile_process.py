@@ -21,10 +21,14 @@ from pallasite.engine.deployment import Deployment, plan_deployment
 from pallasite.engine.program_file import ProgramFile, jax_settings
 from pallasite.engine.programs import Programs
 from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
+from pallasite.models.sharding import MeshShape
 
 _CONFIGS: dict[str, type] = {
     config.__name__: config
-    for config in (EngineConfig, Limits, ModelConfig, Llama3Rope, LinearRope, LongRope)
+    for config in (
+        *(EngineConfig, Limits, MeshShape),
+        *(ModelConfig, Llama3Rope, LinearRope, LongRope),
+    )
 }
 
 
@@ -40,7 +44,7 @@ def compile_apart(
     # own for the file, and say so.
     plain = (str, int, float, bool, type(None))
     job = {
-        "model": _plain(deployment.cache_spec.model),
+        "model": _plain(deployment.model.config),
         "config": _plain(replace(deployment.config, compile_cache=None)),
         "num_pages": deployment.cache_spec.num_pages,
         "settings": {name: v for name, v in jax_settings().items() if isinstance(v, plain)},

@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from pallasite.models.errors import ConfigError
-from pallasite.models.forms import BaseForm
+from pallasite.models.forms import BaseForm, Rule, check_rules
+from pallasite.models.kv_cache import CacheForm
+from pallasite.models.sharding import MeshShape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,15 +29,22 @@ class EngineConfig:
     """How an engine runs one model.
 
     Attributes:
-        weights: the form that weights are held in. The cache and the inputs of every matrix
-            product have the same type; sums, norms and the residual stream are f32 in both.
-        max_requests: completions that run at once, one row of a batch each, >= 2.
+        weights: the form of weights that `quantize` and the checkpoint give no other. The inputs
+            of matrix products have the same type; sums, norms and the residual stream are f32.
+        quantize: rules (pattern, form), see `models/forms.py`: the first whose pattern is found in
+            a weight's name gives its form.
+        cache: what keys and values are rounded to; "auto" is the type of `weights`.
+        mesh: the devices. What is counted over requests (max_requests, max_batch_tokens, num_pages)
+            is over all data shards, which share it equally.
+        max_requests: completions that run at once, one row of a batch each, >= 2 a data shard.
         max_context_len: prompt and completion tokens of one completion at most; None takes the
             model's own limit.
         max_batch_tokens: tokens that one step computes at most, more than max_requests.
         num_pages: pages of the cache; None sizes it from `cache_tokens`.
         cache_tokens: tokens that the cache holds over all requests; None takes all that fits on an
             accelerator, and on a CPU 1,024 a request, but at least one whole context.
+        max_adapters: adapters that may be loaded at once; 0 makes no room for any.
+        max_adapter_rank: the highest rank of one.
         max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
@@ -44,11 +54,16 @@ class EngineConfig:
     """
 
     weights: BaseForm = "bf16"
+    quantize: tuple[Rule, ...] = ()
+    cache: Literal["auto", "int8"] = "auto"
+    mesh: MeshShape = MeshShape()
     max_requests: int = 32
     max_context_len: int | None = None
     max_batch_tokens: int = 512
     num_pages: int | None = None
     cache_tokens: int | None = None
+    max_adapters: int = 0
+    max_adapter_rank: int = 16
     max_waiting: int = 1024
     max_unread_tokens: int = 65536
     max_leases: int = 1024
@@ -57,8 +72,11 @@ class EngineConfig:
     limits: Limits = Limits()
 
     def __post_init__(self) -> None:
-        _at_least("max_requests", self.max_requests, 2)
+        data = self.mesh.data
+        _at_least("max_requests", self.max_requests, 2 * data)
         _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests + 1)
+        _at_least("max_adapters", self.max_adapters, 0)
+        _at_least("max_adapter_rank", self.max_adapter_rank, 1)
         _at_least("max_waiting", self.max_waiting, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         _at_least("max_leases", self.max_leases, 0)
@@ -71,8 +89,33 @@ class EngineConfig:
             )
         if self.weights not in ("f32", "bf16"):
             raise ConfigError(f"got weights={self.weights!r}; allowed are f32 and bf16; choose one")
+        if self.cache not in ("auto", "int8"):
+            raise ConfigError(f"got cache={self.cache!r}; allowed are auto and int8; choose one")
+        check_rules(self.quantize)
+        for name in ("max_requests", "max_batch_tokens", "num_pages"):
+            value = getattr(self, name)
+            if value is not None and value % data:
+                raise ConfigError(
+                    f"got {name}={value} for {data} data shards, which share it equally; it must"
+                    f" be a multiple of {data}; try {-(-value // data) * data}"
+                )
         if not self.max_lease_s > 0:
             raise ConfigError(f"got max_lease_s={self.max_lease_s}; it must be > 0; raise it")
+
+    @property
+    def cache_form(self) -> CacheForm:
+        """What keys and values are rounded to."""
+        return self.weights if self.cache == "auto" else self.cache
+
+    @property
+    def requests_per_shard(self) -> int:
+        """Completions that run at once in a data shard."""
+        return self.max_requests // self.mesh.data
+
+    @property
+    def batch_tokens_per_shard(self) -> int:
+        """Tokens that a data shard computes in a step at most."""
+        return self.max_batch_tokens // self.mesh.data
 
 
 def _at_least(name: str, value: int, least: int) -> None:

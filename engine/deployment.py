@@ -1,6 +1,11 @@
 """A model on its devices before any memory is taken: what is compiled, and what it will hold."""
 
+import contextlib
+import math
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -11,13 +16,14 @@ from pallasite.engine.layout import Layout
 from pallasite.engine.planner import MemoryPlan, choose_num_pages, default_cpu_pages
 from pallasite.engine.programs import ProgramSpec, bucket_ladder
 from pallasite.engine.sampler_state import init_state
+from pallasite.models.adapters import AdapterSpec
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh, replicated
-from pallasite.models.weights import compute_dtype, num_bytes, placed
+from pallasite.models.sharding import MeshShape, make_mesh, sharding
+from pallasite.models.weights import placed
 from pallasite.pallas_kernels.target import TARGETS
 
 
@@ -42,14 +48,16 @@ class Deployment:
 
     def program_spec(self) -> ProgramSpec:
         """Returns what is to be compiled."""
-        config, model = self.config, self.cache_spec.model
-        everywhere = replicated(self.mesh)
+        config, model = self.config, self.model.config
+        by_slot = sharding(self.mesh, ("slots",))
         state = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=by_slot),
             jax.eval_shape(lambda: init_state(config.max_requests, model.vocab_size)),
         )
         target = self.cache_spec.target
-        buckets = bucket_ladder(config.max_requests, config.max_batch_tokens, target.pads_rows_to)
+        buckets = bucket_ladder(
+            config.requests_per_shard, config.batch_tokens_per_shard, target.pads_rows_to
+        )
         pages_per_request = -(-self.max_context_len // target.page_size)
         num_bans = max_bans(config.limits, len(model.eos_token_ids))
         layouts = {
@@ -58,7 +66,21 @@ class Deployment:
         }
         cache = self.cache_spec.abstract(self.mesh)
         return ProgramSpec(
-            model=self.model, cache=cache, state=state, layouts=layouts, mesh=self.mesh
+            model=self.model,
+            adapters=self.adapter_spec(),
+            cache=cache,
+            state=state,
+            layouts=layouts,
+            mesh=self.mesh,
+        )
+
+    def adapter_spec(self) -> AdapterSpec:
+        """Returns the room for adapters."""
+        return AdapterSpec(
+            model=self.model,
+            target=self.cache_spec.target,
+            num_slots=self.config.max_adapters,
+            rank=self.config.max_adapter_rank,
         )
 
     def memory_plan(self, temporaries: int, limit: int | None) -> MemoryPlan:
@@ -66,39 +88,69 @@ class Deployment:
 
         Args:
             temporaries: of the largest program; 0 while nothing is compiled.
+            limit: what a device has; virtual devices of one CPU share it.
         """
-        state = jax.tree.leaves(self.program_spec().state)
+        spec, mesh, shape = self.cache_spec, self.mesh, self.config.mesh
+        shares = shape.num_devices if spec.target.platform == "cpu" else 1
+        page = spec.page_bytes // shape.model
         return MemoryPlan(
-            weights=num_bytes(self.model),
-            cache=self.cache_spec.num_bytes,
-            sampler=sum(leaf.size * leaf.dtype.itemsize for leaf in state),
+            weights=_bytes_a_device(self.model),
+            adapters=_bytes_a_device(self.adapter_spec().abstract(mesh)),
+            cache=spec.num_pages // shape.data * page,
+            page=page,
+            sampler=_bytes_a_device(self.program_spec().state),
             temporaries=temporaries,
-            limit=limit,
+            limit=None if limit is None else limit // shares,
         )
 
 
 def plan_deployment(
-    model: ModelConfig, config: EngineConfig, device: jax.Device | None = None
+    model: ModelConfig, config: EngineConfig, devices: Sequence[jax.Device] | None = None
 ) -> Deployment:
-    """Plans a model on a device, or on this process's first one.
+    """Plans a model on a mesh of the first of `devices`, or of this process's.
 
     Raises ConfigError where the model cannot be served so.
     """
-    device = device or jax.devices()[0]
-    target, mesh = TARGETS[device.platform], make_mesh([device])
+    devices = devices or devices_for(config.mesh)
+    target, mesh = TARGETS[devices[0].platform], make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)
+    # Ropes that stretch long contexts go by what is served, not by what could be.
+    model = replace(model, context_len=max_context_len)
+    abstract = make_model(model, config.weights, target, config.mesh.model, config.quantize)
     num_pages = choose_num_pages(config, target.page_size)
     if num_pages is None:
         is_cpu = target.platform == "cpu"
         num_pages = default_cpu_pages(config, target.page_size, max_context_len) if is_cpu else 0
     return Deployment(
         config=config,
-        model=placed(make_model(model, config.weights, target), mesh),
+        model=placed(abstract, mesh),
         mesh=mesh,
         cache_spec=CacheSpec(
-            model=model, target=target, dtype=compute_dtype(config.weights), num_pages=num_pages
+            partition=abstract.partition,
+            target=target,
+            form=config.cache_form,
+            num_pages=num_pages,
         ),
         max_context_len=max_context_len,
+    )
+
+
+def devices_for(mesh: MeshShape) -> list[jax.Device]:
+    """Returns this process's devices; a CPU is cut into as many virtual ones as the mesh needs.
+
+    It can be, where JAX has not looked for devices yet and XLA_FLAGS does not say how many.
+    """
+    if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        with contextlib.suppress(RuntimeError):  # JAX has looked already
+            jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+    return jax.devices()
+
+
+def _bytes_a_device(tree: Any) -> int:
+    """The bytes of placed arrays or abstract ones that each device holds."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
     )
 
 

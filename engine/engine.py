@@ -12,14 +12,17 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import jax
 import numpy as np
 
+from pallasite.engine.adapters import AdapterTable
 from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
+from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.errors import (
     RequestError,
     closed_error,
@@ -31,17 +34,18 @@ from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
 from pallasite.engine.offline import collect
-from pallasite.engine.page_pool import PagePool
+from pallasite.engine.plan import Plan, without_ended
 from pallasite.engine.programs import EDIT_TOKENS
 from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
 from pallasite.engine.sampler_state import slot_edits
-from pallasite.engine.scheduler import Plan, Scheduler, make_plan
 from pallasite.engine.sequence import Group, Sequence, State
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, check_request_id, validate
 
 logger = logging.getLogger(__name__)
+
+_T = TypeVar("_T")
 
 MAX_FAILURES = 3
 """Steps that fail one after another before the engine gives up."""
@@ -73,19 +77,20 @@ class Engine:
         self.max_context_len = runtime.max_context_len
         self.metrics = EngineMetrics(programs=runtime.programs)
         self._runtime = runtime
-        self._pool = PagePool(runtime.cache_spec.num_pages)
-        self._scheduler = Scheduler(
-            self._pool, runtime.page_size, config.max_requests, config.max_batch_tokens
+        num_shards, num_pages = runtime.num_shards, runtime.cache_spec.num_pages
+        self._scheduler = Dispatcher(
+            num_shards, num_pages, runtime.page_size, config.max_requests, config.max_batch_tokens
         )
-        self._builder = BatchBuilder(runtime.layouts, config.max_requests)
+        self._builder = BatchBuilder(runtime.layouts, num_shards, config.max_requests // num_shards)
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
         self._leases = LeaseTable(config.max_leases)
+        self._adapters = AdapterTable(config.max_adapters)
         self.epoch = self._leases.epoch
         self._bounds = Bounds(
             vocab_size=runtime.model_config.vocab_size,
             max_context_len=runtime.max_context_len,
-            num_cached_tokens=self._pool.num_pages * runtime.page_size,
+            num_cached_tokens=num_pages // num_shards * runtime.page_size,
             limits=config.limits,
         )
         self._intake = Intake(config.max_waiting, self._take_in)
@@ -196,23 +201,47 @@ class Engine:
         """
         return collect(self.submit, requests)
 
+    def adapter_names(self) -> list[str]:
+        """Returns the adapters that requests may name."""
+        return self._adapters.names()
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Loads a LoRA adapter in the PEFT format between two steps; nothing is compiled.
+
+        Raises ConfigError where it does not fit the model, RequestError where the name is taken or
+        there is no room.
+        """
+        self._adapters.check_name(name)
+        one = self._runtime.read_adapter(folder)
+
+        def load() -> None:
+            self._adapters.check_name(name)
+            slot = self._adapters.free_slot({s.adapter_slot for s in self._owners()})
+            self._runtime.set_adapter(one, slot)
+            self._adapters.add(name, slot)
+
+        self._ask(load)
+
+    def unload_adapter(self, name: str) -> None:
+        """Takes an adapter's name away; requests that use it go on to their ends.
+
+        Raises RequestError NOT_FOUND where it is not loaded.
+        """
+        self._ask(lambda: self._adapters.remove(name))
+
     def current_load(self) -> EngineLoad:
         """Returns how busy the engine is."""
         return EngineLoad(
             num_running=self._scheduler.num_running,
             num_waiting=self._scheduler.num_waiting + self._intake.num_queued,
-            num_pages=self._pool.num_pages,
-            num_free_pages=self._pool.num_free,
+            num_pages=self._scheduler.num_pages,
+            num_free_pages=self._scheduler.num_free_pages,
             num_leased_pages=self._leases.num_pages(),
         )
 
     def audit(self) -> PageAudit:
         """Counts whose the pages are, between two steps."""
-        answer: Future[PageAudit] = Future()
-        if self._intake.command(lambda: answer.set_result(self._audit())):
-            return answer.result()
-        self._thread.join()
-        return self._audit()
+        return self._ask(self._audit)
 
     def drain(self, timeout_s: float) -> bool:
         """Refuses new requests and waits for those admitted; whether all ended in time."""
@@ -273,10 +302,17 @@ class Engine:
             self._intake.wait(IDLE_S)
 
     def _take_in(self, sequence: Sequence) -> None:
-        if sequence.index == 0 and sequence.num_sampled == 0:  # not one that a lease held
+        if sequence.num_sampled:  # a lease held it
+            self._scheduler.add(sequence)
+            return
+        if sequence.index == 0:
             self.metrics.num_requests += 1
             self.metrics.prompt_tokens += sequence.num_prompt
         self._scheduler.add(sequence)
+        try:
+            sequence.adapter_slot = self._adapters.slot_of(sequence.request.adapter)
+        except RequestError as error:  # unloaded since it was admitted
+            self._committer.fail(sequence, error)
 
     def _prepare(self, plan: Plan) -> Plan | None:
         """Fills the slots that were just given; returns the plan of those that could be filled."""
@@ -286,9 +322,7 @@ class Engine:
             except Exception as error:  # one request's fault must not end the others
                 logger.exception("a request could not be prepared; it alone ends")
                 self._committer.fail(sequence, internal_error(error))
-        # One that ended has lost its pages, so its row would write to those of another.
-        rows = [row for row in plan.rows if row.sequence.state is State.RUNNING]
-        return make_plan(rows, plan.admitted)
+        return without_ended(plan)
 
     def _launch(self, plan: Plan) -> _Launched:
         bucket = self._runtime.bucket_for(plan)
@@ -297,7 +331,7 @@ class Engine:
         results.copy_to_host_async()
         metrics = self.metrics
         metrics.num_steps += 1
-        metrics.padded_tokens += bucket.num_tokens - plan.num_tokens
+        metrics.padded_tokens += len(plan.parts) * bucket.num_tokens - plan.num_tokens
         metrics.num_preemptions = self._scheduler.num_preemptions
         has_scores = any(row.sequence.needs_scores for row in plan.rows)
         return _Launched(plan=plan, results=results, scores=scores if has_scores else None)
@@ -308,7 +342,7 @@ class Engine:
         output_ids = sequence.token_ids[len(prompt_ids) :]
         params = sequence.request.params
         for edit in slot_edits(params, prompt_ids, output_ids, sequence.slot, EDIT_TOKENS):
-            self._runtime.edit(edit)
+            self._runtime.edit(edit, sequence.shard)
 
     def _commit(self, launched: _Launched) -> None:
         # The one read of a step. Scores, which few steps have, are read beside it.
@@ -362,19 +396,36 @@ class Engine:
         self._deliver()
 
     def _audit(self) -> PageAudit:
-        def owners() -> list[Sequence]:
-            return [*self._scheduler.sequences(), *self._leases.sequences()]
+        return audit(self._scheduler.pools, self._owners(), self._leases.num_pages())
 
-        return audit(self._pool, self._intake.own(owners), self._leases.num_pages())
+    def _owners(self) -> list[Sequence]:
+        """Every sequence that is open or whose pages are leased."""
+        return self._intake.own(lambda: [*self._scheduler.sequences(), *self._leases.sequences()])
+
+    def _ask(self, command: Callable[[], _T]) -> _T:
+        """Returns what the loop answers between two steps, or what a loop that has ended left."""
+        answer: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(command())
+            except BaseException as error:  # noqa: BLE001 - it is the caller's, who waits
+                answer.set_exception(error)
+
+        if not self._intake.command(run):
+            self._thread.join()
+            run()
+        return answer.result()
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
+        self._adapters.slot_of(request.adapter)
         return self._intake.submit(request, self._scheduler.num_waiting, lease_s)
 
     def _reserve_lease(self, num_prompt: int) -> None:
         """Promises a lease, so that leases hold half of the cache at most, or a single one more."""
         page_size = self._runtime.page_size
         promised = self._intake.promised_pages(page_size)
-        bound = self._pool.num_pages
+        bound = self._scheduler.num_pages
         if promised + self._leases.num_pages() > 0:
             bound = bound // 2 - promised - -(-num_prompt // page_size)
         self._leases.reserve(bound)

@@ -39,6 +39,7 @@ class StepInputs:
     """A step's inputs as the program sees them.
 
     Attributes:
+        adapter_slots: each row's adapter, -1 for none.
         takes_previous: rows whose only token is their slot's last sample; its id here is 0.
         samples: rows that sample a token.
         rows: how; last_token is not known before the previous samples are taken.
@@ -48,6 +49,7 @@ class StepInputs:
 
     token_ids: Int[Array, "T"]
     ragged: Ragged
+    adapter_slots: Int[Array, "B"]
     takes_previous: Bool[Array, "B"]
     samples: Bool[Array, "B"]
     rows: SamplingRows
@@ -128,6 +130,7 @@ class Layout:
         return StepInputs(
             token_ids=fields["token_ids"],
             ragged=ragged,
+            adapter_slots=fields["adapter_slot"],
             takes_previous=fields["takes_previous"] != 0,
             samples=fields["samples"] != 0,
             rows=rows,
@@ -146,6 +149,7 @@ class Layout:
         yield "takes_previous", (B,), np.int32
         yield "samples", (B,), np.int32
         yield "slot", (B,), np.int32
+        yield "adapter_slot", (B,), np.int32
         yield "output_index", (B,), np.int32
         yield "bans", (B, self.num_bans, 2), np.int32
         for name, dtype in SAMPLING_FIELDS.items():

@@ -11,7 +11,6 @@ import jax
 
 from pallasite.engine.config import EngineConfig
 from pallasite.models.errors import ConfigError
-from pallasite.models.kv_cache import CacheSpec
 
 CPU_TOKENS_PER_REQUEST = 1024
 """What the default cache of a CPU holds for each request."""
@@ -19,30 +18,33 @@ CPU_TOKENS_PER_REQUEST = 1024
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
-    """Bytes a device, by use.
+    """Bytes that the fullest device holds, by use.
 
     Attributes:
+        page: a page's, of the cache.
         temporaries: the largest program's, its results and its code included.
         limit: what the device has for us; None where it does not say.
     """
 
     weights: int
+    adapters: int
     cache: int
+    page: int
     sampler: int
     temporaries: int
     limit: int | None
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.sampler + self.temporaries
+        return self.weights + self.adapters + self.cache + self.sampler + self.temporaries
 
     def check(self) -> None:
         """Raises ConfigError, with the numbers, where this does not fit."""
         if self.limit is not None and self.total > self.limit:
             raise ConfigError(
-                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, cache"
-                f" {_gb(self.cache)}, sampler {_gb(self.sampler)}, temporaries"
-                f" {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
+                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
+                f" {_gb(self.adapters)}, cache {_gb(self.cache)}, sampler {_gb(self.sampler)},"
+                f" temporaries {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
                 " --cache-tokens, --max-requests or --max-batch-tokens, or take a smaller model"
             )
 
@@ -50,27 +52,36 @@ class MemoryPlan:
 def choose_num_pages(config: EngineConfig, page_size: int) -> int | None:
     """Returns the pages that the operator asked for, or None where they left it to us."""
     if config.num_pages is None and config.cache_tokens is not None:
-        return -(-config.cache_tokens // page_size)
+        return _for_all_shards(-(-config.cache_tokens // page_size), config)
     return config.num_pages
 
 
 def default_cpu_pages(config: EngineConfig, page_size: int, max_context_len: int) -> int:
     """Returns the pages of the default cache on a CPU."""
-    tokens = max(CPU_TOKENS_PER_REQUEST * config.max_requests, max_context_len)
-    return -(-tokens // page_size)
+    data = config.mesh.data
+    tokens = max(CPU_TOKENS_PER_REQUEST * config.max_requests, data * max_context_len)
+    return _for_all_shards(-(-tokens // page_size), config)
 
 
-def pages_that_fit(plan: MemoryPlan, spec: CacheSpec) -> int:
-    """Returns how many pages fit beside the rest of `plan`. Raises ConfigError where none does."""
+def pages_that_fit(plan: MemoryPlan) -> int:
+    """Returns how many pages fit beside the rest of `plan`, on a device.
+
+    Raises ConfigError where none does.
+    """
     if plan.limit is None:
         raise ConfigError(
             "got no cache size, and this device does not say how much memory it has; allowed is"
             " any number of tokens; give --cache-tokens"
         )
     left = plan.limit - (plan.total - plan.cache)
-    if left < spec.page_bytes:
-        replace(plan, cache=spec.page_bytes).check()
-    return left // spec.page_bytes
+    if left < plan.page:
+        replace(plan, cache=plan.page).check()
+    return left // plan.page
+
+
+def _for_all_shards(num_pages: int, config: EngineConfig) -> int:
+    """Rounds up to what the data shards divide."""
+    return -(-num_pages // config.mesh.data) * config.mesh.data
 
 
 def memory_limit(device: jax.Device) -> int | None:

@@ -6,22 +6,27 @@ A bucket that the table lacks, and any compilation in this process after `seal`,
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.monitoring
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import serialize_executable
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int32
 
 from pallasite.engine.layout import Bucket, Layout
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, edit_slot
 from pallasite.engine.step import make_step
+from pallasite.models.adapters import AdapterSpec, set_slot
 from pallasite.models.decoder import Decoder
-from pallasite.models.sharding import replicated
+from pallasite.models.lora import Adapters
+from pallasite.models.sharding import DATA_AXIS, replicated
+from pallasite.pallas_kernels.paged_attention import PagedCache
 
 EDIT_TOKENS = 1024
 """Tokens of one edit of a slot; a longer prompt takes several."""
@@ -34,7 +39,8 @@ class ProgramSpec:
     """What all programs have in common: abstract weights, cache and sampler state on their mesh."""
 
     model: Decoder
-    cache: jax.ShapeDtypeStruct
+    adapters: AdapterSpec
+    cache: PagedCache
     state: SamplerState
     layouts: dict[Bucket, Layout]
     mesh: Mesh
@@ -52,6 +58,7 @@ class Programs:
         self._spec = spec
         self._steps: dict[Bucket, jax.stages.Compiled] = {}
         self._edit: jax.stages.Compiled | None = None
+        self._set_slot: jax.stages.Compiled | None = None
         self._is_sealed = False
         self._compilations = 0
         self._is_counting = True
@@ -69,9 +76,10 @@ class Programs:
     def compile(self, progress: Callable[[str], None], num_threads: int = 2) -> None:
         """Compiles every program, `num_threads` at a time."""
         start = time.monotonic()
-        total = len(self._spec.layouts) + 1
+        total = len(self._spec.layouts) + 1 + (self._spec.adapters.num_slots > 0)
         with ThreadPoolExecutor(num_threads) as pool:
             edit = pool.submit(self._compile_edit)
+            set_slot = pool.submit(self._compile_set_slot)
             # The largest first: they take longest.
             steps = {
                 bucket: pool.submit(self._compile_step, bucket) for bucket in reversed(self.buckets)
@@ -80,12 +88,13 @@ class Programs:
                 self._steps[bucket] = future.result()
                 seconds = time.monotonic() - start
                 progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
-            self._edit = edit.result()
+            self._edit, self._set_slot = edit.result(), set_slot.result()
 
     def serialized(self) -> list[bytes]:
         """Returns the programs for `take`. All must have been compiled in this process."""
         assert self._edit is not None, "compile() comes first"
-        programs = [self._edit, *(self._steps[bucket] for bucket in self.buckets)]
+        assert self._set_slot is not None
+        programs = [self._edit, self._set_slot, *(self._steps[bucket] for bucket in self.buckets)]
         return [serialize_executable.serialize(program)[0] for program in programs]
 
     def take(self, serialized: Sequence[bytes | memoryview], num_threads: int = 2) -> None:
@@ -97,9 +106,12 @@ class Programs:
         spec = self._spec
         weights = jax.tree.leaves(spec.model)
         # The inputs' and outputs' trees, as `lower` below has them.
-        trees: list[tuple[Any, Any]] = [((spec.state, self._abstract_edit()), spec.state)]
+        adapters = spec.adapters.abstract(spec.mesh)
+        edits = (spec.state, self._abstract_edit(), self._abstract_index())
+        slots = (adapters, spec.adapters.abstract_one(spec.mesh), self._abstract_index())
+        trees: list[tuple[Any, Any]] = [(edits, spec.state), (slots, adapters)]
         for bucket in self.buckets:
-            inputs = (weights, spec.cache, spec.state, self._words(bucket))
+            inputs = (weights, adapters, spec.cache, spec.state, self._words(bucket))
             trees.append((inputs, (spec.cache, spec.state, 0, 0)))
         devices = list(spec.mesh.devices.flat)
 
@@ -111,7 +123,7 @@ class Programs:
 
         assert len(serialized) == len(trees)
         with ThreadPoolExecutor(num_threads) as pool:
-            self._edit, *steps = pool.map(load, serialized, trees)
+            self._edit, self._set_slot, *steps = pool.map(load, serialized, trees)
         self._steps = dict(zip(self.buckets, steps, strict=True))
 
     def seal(self) -> None:
@@ -132,37 +144,78 @@ class Programs:
             self.misses += 1
             raise LookupError(f"no program was compiled for a {bucket}") from None
 
-    def edit(self, state: SamplerState, edit: SlotEdit) -> SamplerState:
-        """Applies an edit to the donated state."""
+    def edit(self, state: SamplerState, edit: SlotEdit, shard: int) -> SamplerState:
+        """Applies an edit to a data shard's slot in the donated state."""
         assert self._edit is not None, "compile() comes first"
-        return self._edit(state, edit)
+        return self._edit(state, edit, np.int32(shard))
+
+    def set_adapter(self, adapters: Adapters, one: Adapters, slot: int) -> Adapters:
+        """Puts one adapter into a slot of the donated arrays."""
+        assert self._set_slot is not None, "compile() comes first"
+        return self._set_slot(adapters, one, np.int32(slot))
 
     def temporary_bytes(self) -> int:
         """Returns the most memory that any program needs beside its arguments."""
         return max(_temporary_bytes(step) for step in self._steps.values())
 
     def aliased_bytes(self, bucket: Bucket) -> int:
-        """Returns the bytes of arguments that a program updates in place."""
+        """Returns the bytes of arguments that a program updates in place, on a device."""
         analysis = self._steps[bucket].memory_analysis()
         return 0 if analysis is None else analysis.alias_size_in_bytes
 
     def _compile_step(self, bucket: Bucket) -> jax.stages.Compiled:
         spec, layout = self._spec, self._spec.layouts[bucket]
         weights, structure = jax.tree.flatten(spec.model)
-        everywhere = replicated(spec.mesh)
-        states = jax.tree.map(lambda leaf: leaf.sharding, spec.state)
-        outputs = (spec.cache.sharding, states, everywhere, everywhere)
-        step = jax.jit(make_step(structure, layout), donate_argnums=(1, 2), out_shardings=outputs)
-        return step.lower(weights, spec.cache, spec.state, self._words(bucket)).compile()
+        adapters = spec.adapters.abstract(spec.mesh)
+        inputs = (weights, adapters, spec.cache, spec.state, self._words(bucket))
+        by_shard = PartitionSpec(DATA_AXIS)
+        step = jax.shard_map(
+            make_step(structure, layout),
+            mesh=spec.mesh,
+            in_specs=_specs(inputs),
+            out_specs=(*_specs((spec.cache, spec.state)), by_shard, by_shard),
+            check_vma=False,  # what the model axis's devices return of a shard is the same
+        )
+        return jax.jit(step, donate_argnums=(2, 3)).lower(*inputs).compile()
 
     def _compile_edit(self) -> jax.stages.Compiled:
-        states = jax.tree.map(lambda leaf: leaf.sharding, self._spec.state)
-        program = jax.jit(edit_slot, donate_argnums=0, out_shardings=states)
-        return program.lower(self._spec.state, self._abstract_edit()).compile()
+        spec = self._spec
+        inputs = (spec.state, self._abstract_edit(), self._abstract_index())
+
+        def edit(state: SamplerState, edit: SlotEdit, shard: Int32[Array, ""]) -> SamplerState:
+            is_here = jax.lax.axis_index(DATA_AXIS) == shard
+            slot = jnp.where(is_here, edit.slot, state.last_token.shape[0])
+            return edit_slot(state, replace(edit, slot=slot))
+
+        program = jax.shard_map(
+            edit,
+            mesh=spec.mesh,
+            in_specs=_specs(inputs),
+            out_specs=_specs(spec.state),
+            check_vma=False,
+        )
+        return jax.jit(program, donate_argnums=0).lower(*inputs).compile()
+
+    def _compile_set_slot(self) -> jax.stages.Compiled:
+        spec = self._spec
+        adapters = spec.adapters.abstract(spec.mesh)
+        inputs = (adapters, spec.adapters.abstract_one(spec.mesh), self._abstract_index())
+        program = jax.shard_map(
+            set_slot,
+            mesh=spec.mesh,
+            in_specs=_specs(inputs),
+            out_specs=_specs(adapters),
+            check_vma=False,
+        )
+        return jax.jit(program, donate_argnums=0).lower(*inputs).compile()
 
     def _words(self, bucket: Bucket) -> jax.ShapeDtypeStruct:
-        num_words = self._spec.layouts[bucket].num_words
-        return jax.ShapeDtypeStruct((num_words,), np.int32, sharding=replicated(self._spec.mesh))
+        shape = (self._spec.mesh.shape[DATA_AXIS], self._spec.layouts[bucket].num_words)
+        by_shard = NamedSharding(self._spec.mesh, PartitionSpec(DATA_AXIS))
+        return jax.ShapeDtypeStruct(shape, np.int32, sharding=by_shard)
+
+    def _abstract_index(self) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((), np.int32, sharding=replicated(self._spec.mesh))
 
     def _abstract_edit(self) -> SlotEdit:
         everywhere = replicated(self._spec.mesh)
@@ -217,6 +270,11 @@ def bucket_ladder(max_rows: int, max_tokens: int, least_rows: int) -> list[Bucke
         if tokens < 64:
             break
     return sorted(buckets)
+
+
+def _specs(tree: Any) -> Any:
+    """Returns how `jax.shard_map` is to cut each array of a tree: as it is placed."""
+    return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
 
 
 def _temporary_bytes(program: jax.stages.Compiled) -> int:

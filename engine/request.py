@@ -73,6 +73,7 @@ class Request:
         priority: lower is served first; equal ones by arrival.
         timeout_s: seconds from submission after which it ends with DEADLINE_EXCEEDED; None never.
         tenant: who asks; a KV handle is bound to its tenant.
+        adapter: the name of a loaded adapter; empty for none.
     """
 
     prompt_ids: tuple[int, ...]
@@ -81,6 +82,7 @@ class Request:
     priority: int = 0
     timeout_s: float | None = None
     tenant: str = ""
+    adapter: str = ""
 
 
 class FinishReason(StrEnum):

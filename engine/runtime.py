@@ -14,20 +14,24 @@ import numpy as np
 
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.deployment import Deployment, plan_deployment
+from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.layout import Bucket
+from pallasite.engine.plan import Plan
 from pallasite.engine.planner import memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
-from pallasite.engine.scheduler import Plan
+from pallasite.models.adapter_peft import PeftAdapter
+from pallasite.models.adapters import place_one
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import check_tensors, load_weights
+from pallasite.models.lora import Adapters
 from pallasite.models.pull import locate
-from pallasite.models.weights import named_weights
+from pallasite.models.sharding import DATA_AXIS
+from pallasite.pallas_kernels.paged_attention import PagedCache
 
 Progress = Callable[[str], None]
 
@@ -48,14 +52,20 @@ class Runtime:
         self.layouts = spec.layouts
         self._spec = spec
         self._weights: list[jax.Array] = jax.tree.leaves(spec.model)
-        self._cache: jax.Array | None = None
+        self._adapters: Adapters = spec.adapters.allocate(spec.mesh)
+        self._cache: PagedCache | None = None
         self._state: SamplerState | None = None
         self.reset()
         programs.seal()
 
     @property
     def model_config(self) -> ModelConfig:
-        return self.cache_spec.model
+        return self.cache_spec.partition.config
+
+    @property
+    def num_shards(self) -> int:
+        """Data shards: each has slots, pages and rows of a step of its own."""
+        return self._spec.mesh.shape[DATA_AXIS]
 
     @property
     def page_size(self) -> int:
@@ -68,29 +78,50 @@ class Runtime:
         self._state = _allocate_state(self._spec.state)
 
     def bucket_for(self, plan: Plan) -> Bucket:
-        """Returns the smallest bucket that takes a plan. Raises LookupError, counted, for none."""
-        num_rows, num_tokens = len(plan.rows), plan.num_tokens
-        has_prefill = plan.num_decode < num_rows
+        """Returns the smallest bucket that takes every part of a plan.
+
+        Raises LookupError, counted, for none.
+        """
+        num_rows, num_tokens = plan.most_rows, plan.most_tokens
         for bucket in self.programs.buckets:
             fits = num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows
-            if fits and bucket.has_prefill == has_prefill:
+            if fits and bucket.has_prefill == plan.has_prefill:
                 return bucket
         wanted = Bucket(num_tokens=num_tokens, num_rows=num_rows)
         self.programs.step(wanted)
         return wanted
 
-    def edit(self, edit: SlotEdit) -> None:
-        """Prepares a slot for a sequence."""
+    def edit(self, edit: SlotEdit, shard: int) -> None:
+        """Prepares a slot of a data shard for a sequence."""
         assert self._state is not None
-        self._state = self.programs.edit(self._state, edit)
+        self._state = self.programs.edit(self._state, edit, shard)
+
+    def read_adapter(self, folder: Path) -> Adapters:
+        """Reads a PEFT adapter's folder and puts it beside the model; from any thread.
+
+        Raises CheckpointError for one that does not fit the model or the room.
+        """
+        spec = self._spec
+        read = PeftAdapter(folder, spec.adapters).read()
+        return {
+            key: place_one(read.get(key), like)
+            for key, like in spec.adapters.abstract_one(spec.mesh).items()
+        }
+
+    def set_adapter(self, one: Adapters, slot: int) -> None:
+        """Puts an adapter that was read into a slot; steps launched before do not see it."""
+        self._adapters = self.programs.set_adapter(self._adapters, one, slot)
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
-        """Launches a step; returns its results and its prompt scores, still on the device."""
+        """Launches a step on the words `[d, W]` of d data shards.
+
+        Returns its results `[d, B, R]` and its prompt scores `[d, T, R]`, still on the devices.
+        """
         assert self._cache is not None
         assert self._state is not None
         step = self.programs.step(bucket)
         self._cache, self._state, results, scores = step(
-            self._weights, self._cache, self._state, words
+            self._weights, self._adapters, self._cache, self._state, words
         )
         return results, scores
 
@@ -100,10 +131,12 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
     start = time.monotonic()
     if config.compile_cache is not None:
         use_compile_cache(config.compile_cache)
-    limit = memory_limit(jax.devices()[0])
+    limit = memory_limit(devices_for(config.mesh)[0])
     checkpoint = open_checkpoint(locate(str(model)))
     deployment = plan_deployment(checkpoint.config, config)
-    check_tensors([weight for _, weight in named_weights(deployment.model)], checkpoint)
+    check_tensors(deployment.model, checkpoint)
+    for note in deployment.model.partition.notes():
+        progress(note)
     if deployment.cache_spec.num_pages == 0:
         deployment = _fill_with_cache(deployment, limit, progress)
 
@@ -143,7 +176,7 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
 
 def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progress) -> Deployment:
     """Gives the cache all that the weights and the largest program leave of the device."""
-    probe = deployment.with_pages(1).program_spec()
+    probe = deployment.with_pages(deployment.config.mesh.data).program_spec()
     largest = max(probe.layouts)
     progress("compiling the largest program, to see how much memory is left for the cache")
     programs = Programs(replace(probe, layouts={largest: probe.layouts[largest]}))
@@ -152,7 +185,7 @@ def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progre
         plan = deployment.memory_plan(programs.temporary_bytes(), limit)
     finally:
         programs.close()
-    return deployment.with_pages(pages_that_fit(plan, deployment.cache_spec))
+    return deployment.with_pages(pages_that_fit(plan) * deployment.config.mesh.data)
 
 
 def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> None:

@@ -77,12 +77,15 @@ def init_state(num_slots: int, vocab_size: int) -> SamplerState:
 
 
 def edit_slot(state: SamplerState, edit: SlotEdit) -> SamplerState:
-    """Returns the state with one edit applied, in place where the state is donated."""
+    """Returns the state with one edit applied, in place where the state is donated.
+
+    A slot beyond the last is none: nothing changes.
+    """
     slot, resets = edit.slot, edit.resets
     vocab_size = state.counts.shape[1]
 
     def emptied(rows: Array, fill: Array) -> Array:
-        return rows.at[slot].set(jnp.where(resets, fill, rows[slot]))
+        return rows.at[slot].set(jnp.where(resets, fill, rows[slot]), mode="drop")
 
     def chosen(applies: Array) -> Array:
         # Beyond the vocabulary mode="drop" leaves an entry out; -1 would count from the end.

@@ -1,76 +1,73 @@
-"""Who runs in the next step, how many tokens each computes, and in which pages.
+"""Who runs in a shard's next step, how many tokens each computes, and in which pages.
 
-Decisions rest on counts only, never on token values: a step is planned while the one before is
-still on the device. Token ids are appended by `commit`, one step late; a stop is therefore seen
-when a further token is already being computed, and that token is dropped.
+A scheduler knows one shard; `engine/dispatcher.py` has one for each. Decisions rest on counts only,
+never on token values: a step is planned while the one before is still on the device. Token ids are
+appended by `commit`, one step late; a stop is therefore seen when a further token is already being
+computed, and that token is dropped.
 """
 
-import heapq
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from operator import attrgetter
 
 from pallasite.engine.page_pool import PagePool
+from pallasite.engine.plan import Part, Row, make_part
 from pallasite.engine.sequence import Sequence, State
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """One sequence's part of a step.
+@dataclass(kw_only=True)
+class Forecast:
+    """What a shard's next step leaves for sequences that wait; less than nothing where it lacks.
 
     Attributes:
-        start: the position of the first token that is computed.
-        num_tokens: how many are.
-        samples: whether a token is sampled after the last.
-        takes_previous: whether the token fed is the slot's last sample, which the host may not have
-            seen yet.
+        queue: those that will still wait, best rank first.
     """
 
-    sequence: Sequence
-    slot: int
-    start: int
+    num_slots: int
+    num_pages: int
     num_tokens: int
-    samples: bool
-    takes_previous: bool
+    page_size: int
+    queue: list[Sequence] = field(default_factory=list)
 
+    def fits(self, sequence: Sequence) -> bool:
+        """Whether the sequence could start, after all that are here."""
+        return not self.queue and self.num_tokens > 0 and self.has_place(sequence)
 
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """A step: rows with a single token first, and the sequences that were just given a slot."""
+    def has_place(self, sequence: Sequence) -> bool:
+        """Whether there are a slot and pages for it, if not the time."""
+        return self.num_slots > 0 and self._num_missing(sequence) <= self.num_pages
 
-    rows: list[Row]
-    admitted: list[Sequence]
-    num_decode: int
+    def take(self, sequence: Sequence) -> None:
+        """Sets aside what the sequence needs."""
+        self.num_slots -= sequence.state is State.WAITING
+        self.num_pages -= self._num_missing(sequence)
+        self.num_tokens -= sequence.num_tokens - sequence.num_computed
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(row.num_tokens for row in self.rows)
-
-
-def make_plan(rows: list[Row], admitted: list[Sequence]) -> Plan | None:
-    """Orders the rows of a step; None where there are none."""
-    if not rows:
-        return None
-    num_decode = sum(row.num_tokens == 1 for row in rows)
-    ordered = sorted(rows, key=lambda row: row.num_tokens > 1)
-    return Plan(rows=ordered, admitted=admitted, num_decode=num_decode)
+    def _num_missing(self, sequence: Sequence) -> int:
+        return max(0, -(-sequence.num_tokens // self.page_size) - len(sequence.pages))
 
 
 class Scheduler:
-    """Continuous batching with chunked prefill under a token budget, over one pool of pages."""
+    """Continuous batching with chunked prefill under a token budget, over one pool of pages.
+
+    Attributes:
+        num_tokens: tokens that its pages hold, or will, for all that run, wait or are held.
+        num_leased_tokens: those of them in prompts that are leased, or will be.
+    """
 
     def __init__(
         self, pool: PagePool, page_size: int, num_slots: int, max_batch_tokens: int
     ) -> None:
         self.pool = pool
         self.num_preemptions = 0
+        self.num_tokens = 0
+        self.num_leased_tokens = 0
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._running: list[Sequence] = []
         self._waiting: list[Sequence] = []
-        self._deadlines: list[tuple[float, int, int, Sequence]] = []
 
     @property
     def num_running(self) -> int:
@@ -85,36 +82,35 @@ class Scheduler:
         yield from self._running
         yield from self._waiting
 
+    @property
+    def worst_rank(self) -> tuple[int, int, int]:
+        """The rank of the running sequence that is preempted first. There must be one."""
+        return max(sequence.rank for sequence in self._running)
+
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; one that was held keeps its pages."""
+        if sequence.state is State.HELD:
+            self.num_leased_tokens -= sequence.num_prompt
+        else:
+            self._count(sequence, 1)
         self._enqueue(sequence)
-        if sequence.deadline_s is not None:
-            entry = (sequence.deadline_s, sequence.group.arrival, sequence.index, sequence)
-            heapq.heappush(self._deadlines, entry)
-            if len(self._deadlines) > 2 * (len(self._running) + len(self._waiting)) + 64:
-                self._drop_ended_deadlines()
 
-    def expired(self, now: float) -> list[Sequence]:
-        """Returns the unfinished sequences whose deadline has passed, each once."""
-        late = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, *_, sequence = heapq.heappop(self._deadlines)
-            is_open = sequence.state in (State.WAITING, State.RUNNING)
-            if is_open and sequence.deadline_s == deadline:
-                late.append(sequence)
-        return late
-
-    def _drop_ended_deadlines(self) -> None:
-        # An ended sequence would stay in memory until its deadline, which may be days away.
-        is_open = (State.WAITING, State.RUNNING)
-        self._deadlines = [entry for entry in self._deadlines if entry[-1].state in is_open]
-        heapq.heapify(self._deadlines)
+    def withdraw(self, sequence: Sequence) -> None:
+        """Takes a sequence out of the queue that holds no pages, for another shard to add."""
+        self._leave(sequence)
+        self._count(sequence, -1)
 
     def retire(self, sequence: Sequence) -> None:
         """Ends a sequence: the one place where slots and pages come back for good."""
         self._leave(sequence)
         self._release_pages(sequence)
+        self._count(sequence, -1)
         sequence.state = State.FINISHED
+
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        self.num_tokens += sign * sequence.num_tokens
+        if sequence.lease_s is not None:
+            self.num_leased_tokens += sign * sequence.num_prompt
 
     def hold(self, sequence: Sequence) -> None:
         """Parks a sequence: its slot comes back, its pages stay."""
@@ -126,8 +122,37 @@ class Scheduler:
         for sequence in self._waiting:
             self._forget(sequence)
 
-    def schedule(self, now: float) -> Plan | None:
-        """Plans the next step, or returns None where there is nothing to compute."""
+    def forecast(self) -> Forecast:
+        """Foresees the next step.
+
+        Siblings are counted as if they shared nothing, so there may be more room than that.
+        """
+        forecast = Forecast(
+            num_slots=len(self._free_slots),
+            num_pages=self.pool.num_free,
+            num_tokens=self._max_batch_tokens,
+            page_size=self._page_size,
+        )
+        for sequence in self._running:
+            if not sequence.is_saturated:
+                forecast.take(sequence)
+        for index, sequence in enumerate(self._waiting):
+            if sequence.num_in_flight or not forecast.fits(sequence):
+                forecast.queue = self._waiting[index:]
+                break
+            forecast.take(sequence)
+        return forecast
+
+    def yields_to(self, sequence: Sequence) -> bool:
+        """Whether preempting worse priorities would let a sequence start that waits, or would."""
+        if self._waiting and self._waiting[0].rank < sequence.rank:
+            return False
+        worse = self._worse_than(sequence)
+        missing = self._num_missing(sequence, sequence.num_tokens - sequence.num_computed)
+        return bool(worse) and missing <= self._num_reachable(worse)
+
+    def schedule(self, now: float) -> Part:
+        """Plans the next step's part, empty where there is nothing to compute."""
         self._make_room_for_urgent()
         ready = sorted((s for s in self._running if not s.is_saturated), key=attrgetter("rank"))
         num_single = sum(s.num_tokens - s.num_computed == 1 for s in ready)
@@ -143,7 +168,7 @@ class Scheduler:
             budget -= count if remaining > 1 else 0
             rows.append(self._row(sequence, count))
         admitted = self._admit(rows, budget, now)
-        return make_plan(rows, admitted)
+        return make_part(rows, admitted)
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         start = sequence.num_computed
@@ -158,6 +183,7 @@ class Scheduler:
         )
         sequence.num_computed += count
         sequence.num_sampled += samples
+        self.num_tokens += samples
         return row
 
     def _admit(self, rows: list[Row], budget: int, now: float) -> list[Sequence]:
@@ -228,9 +254,7 @@ class Scheduler:
             if head.num_in_flight or self._awaits_sibling(head):
                 continue
             missing = self._num_missing(head, head.num_tokens - head.num_computed)
-            priority = head.request.priority
-            worse = [s for s in self._running if s.request.priority > priority]
-            if missing > self.pool.num_free + sum(len(s.pages) for s in worse):
+            if missing > self._num_reachable(self._worse_than(head)):
                 return  # leases hold too much; preempting would help nobody
             while self._running:
                 worst = max(self._running, key=attrgetter("rank"))
@@ -239,6 +263,14 @@ class Scheduler:
                     return
                 self._preempt(worst)
             return
+
+    def _worse_than(self, sequence: Sequence) -> list[Sequence]:
+        priority = sequence.request.priority
+        return [s for s in self._running if s.request.priority > priority]
+
+    def _num_reachable(self, preempted: list[Sequence]) -> int:
+        """Returns the pages that would be free if these were preempted, at most."""
+        return self.pool.num_free + sum(len(sequence.pages) for sequence in preempted)
 
     def _extend(self, sequence: Sequence, count: int) -> bool:
         """Gives a running sequence pages for `count` more tokens, at the cost of worse ranks."""

@@ -56,6 +56,10 @@ class Sequence:
         num_sampled: the completion's tokens, those in flight included.
         deadline_s: when it is too late for it, on the monotonic clock.
         num_admitted: tokens when it was last given a slot, all of which the host knew.
+        shard: the data shard that serves it; -1 before it has one.
+        slot: its place among those that run on its shard; -1 where it does not run.
+        adapter_slot: its adapter's place on the device, -1 for none.
+        pages: of its shard's part of the cache.
         lease_s: where not None, it pauses after its first token, its pages leased for so long.
     """
 
@@ -66,7 +70,9 @@ class Sequence:
     lease_s: float | None = None
     deadline_s: float | None = None
     state: State = State.WAITING
+    shard: int = -1
     slot: int = -1
+    adapter_slot: int = -1
     pages: list[int] = field(default_factory=list)
     num_computed: int = 0
     num_sampled: int = 0

@@ -1,7 +1,8 @@
 """The step: one program a bucket, from the last step's samples to this one's.
 
 Weights, cache and sampler state come in and go out; cache and state are donated here and nowhere
-else.
+else. The program runs on a mesh by `jax.shard_map`: what is written here is what one device does
+for its data shard, with its part of the weights and of the cache.
 """
 
 from collections.abc import Callable
@@ -15,6 +16,8 @@ from pallasite.engine.layout import Layout
 from pallasite.engine.sampler import NUM_TOP, Sampled, sample, score_tokens
 from pallasite.engine.sampler_state import SamplerState, count_fed
 from pallasite.models.decoder import Decoder, forward, unembed
+from pallasite.models.lora import Adapters, batch_adapters
+from pallasite.pallas_kernels.paged_attention import PagedCache
 
 SCORED_AT_ONCE = 64
 """Prompt tokens whose logits stand in memory together while a prompt is scored."""
@@ -23,24 +26,29 @@ RESULT_WIDTH = 3 + 2 * NUM_TOP
 """Words a row of the result: token id, status, log-probability, top ids, top log-probabilities."""
 
 StepFunction = Callable[
-    [list[jax.Array], jax.Array, SamplerState, Int[Array, "W"]],
-    tuple[jax.Array, SamplerState, Int[Array, "B R"], Int[Array, "T R"]],
+    [list[jax.Array], Adapters, PagedCache, SamplerState, Int[Array, "1 W"]],
+    tuple[PagedCache, SamplerState, Int[Array, "1 B R"], Int[Array, "1 T R"]],
 ]
 
 
 def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunction:
-    """Returns the step of one bucket, to be compiled.
+    """Returns what each device does in the step of one bucket, for `jax.shard_map`.
 
-    It maps (weights, cache, sampler state, words of `layout`) to (cache, sampler state, results
-    [B, RESULT_WIDTH] of the rows, scores [T, RESULT_WIDTH] of the prompts), all results as i32
-    words. `structure` puts the leaves `weights` together to the model.
+    It maps (weights, adapters, cache, sampler state, words of `layout`) to (cache, sampler state,
+    results [1, B, RESULT_WIDTH] of the rows, scores [1, T, RESULT_WIDTH] of the prompts), all
+    results as i32 words. Its data shard's are the first axis's one entry. `structure` puts the
+    leaves `weights` together to the model.
     """
 
     def step(
-        weights: list[jax.Array], cache: jax.Array, state: SamplerState, words: Int[Array, "W"]
-    ) -> tuple[jax.Array, SamplerState, Array, Array]:
+        weights: list[jax.Array],
+        adapters: Adapters,
+        cache: PagedCache,
+        state: SamplerState,
+        words: Int[Array, "1 W"],
+    ) -> tuple[PagedCache, SamplerState, Array, Array]:
         model: Decoder = jax.tree.unflatten(structure, weights)
-        inputs = layout.unpack(words)
+        inputs = layout.unpack(words[0])
         ragged, rows = inputs.ragged, inputs.rows
         first = jnp.where(
             inputs.takes_previous, ragged.query_starts[:-1], inputs.token_ids.shape[0]
@@ -50,7 +58,8 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
         rows = replace(rows, last_token=token_ids[last])
         state = count_fed(state, rows.slot, rows.last_token, inputs.takes_previous)
 
-        hidden, cache = forward(model, cache, token_ids, ragged)
+        own = batch_adapters(adapters, inputs.adapter_slots, ragged, token_ids.shape[0])
+        hidden, cache = forward(model, cache, token_ids, ragged, own)
         logits = unembed(model, hidden[last])
         state, sampled = sample(logits, rows, state, inputs.samples)
         scores = jnp.zeros((0, RESULT_WIDTH), jnp.int32)
@@ -60,7 +69,7 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
                 lambda: _score(model, hidden, inputs.targets),
                 lambda: jnp.zeros((hidden.shape[0], RESULT_WIDTH), jnp.int32),
             )
-        return cache, state, _pack(sampled), scores
+        return cache, state, _pack(sampled)[None], scores[None]
 
     return step
 

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import cast
 
+from pallasite.engine.adapters import MAX_NAME_LEN as MAX_ADAPTER_NAME_LEN
 from pallasite.engine.config import Limits
 from pallasite.engine.errors import RequestError
 from pallasite.engine.request import Request, SamplingParams
@@ -35,6 +36,7 @@ def validate(request: Request, bounds: Bounds) -> None:
     limits = bounds.limits
     check_request_id(request.request_id, limits)
     _length("tenant", request.tenant, 0, limits.max_tenant_len)
+    _length("adapter", request.adapter, 0, MAX_ADAPTER_NAME_LEN)
     _int("priority", request.priority, -(2**31), 2**31 - 1)
     if request.timeout_s is not None:
         _float("timeout_s", request.timeout_s, least=0.0, excluded=True)

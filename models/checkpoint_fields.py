@@ -6,11 +6,11 @@ that no later line meets a string where it wants a number. What the settings mea
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError, ConfigError
 
 MAX_SIZE = 2**31 - 1
@@ -74,20 +74,33 @@ class Fields:
     def has(self, name: str) -> bool:
         return self.values.get(name) is not None
 
-    def integer(self, name: str, default: int | None = None) -> int:
-        """Reads an integer from 1 to MAX_SIZE."""
+    def integer(self, name: str, default: int | None = None, lowest: int = 1) -> int:
+        """Reads an integer from `lowest` to MAX_SIZE."""
         value = self._value(name, default)
-        if type(value) is not int or not 1 <= value <= MAX_SIZE:
-            raise self.error(name, f"it must be an integer from 1 to {MAX_SIZE}")
+        if type(value) is not int or not lowest <= value <= MAX_SIZE:
+            raise self.error(name, f"it must be an integer from {lowest} to {MAX_SIZE}")
         return value
 
     def number(self, name: str, default: float | None = None) -> float:
         """Reads a finite number above 0."""
-        value = self._value(name, default)
-        if type(value) is int and 0 < value <= MAX_SIZE:
-            return float(value)
-        if type(value) is not float or not (math.isfinite(value) and value > 0):
+        value = _as_number(self._value(name, default))
+        if value is None:
             raise self.error(name, "it must be a finite number above 0")
+        return value
+
+    def numbers(self, name: str) -> tuple[float, ...]:
+        """Reads a list of finite numbers above 0."""
+        values = self.items(name)
+        numbers = [number for value in values if (number := _as_number(value)) is not None]
+        if len(numbers) != len(values):
+            raise self.error(name, "each of its items must be a finite number above 0")
+        return tuple(numbers)
+
+    def items(self, name: str) -> list[object]:
+        """Reads a list."""
+        value = self._value(name, None)
+        if not isinstance(value, list):
+            raise self.error(name, "it must be a list")
         return value
 
     def flag(self, name: str, default: bool) -> bool:
@@ -138,6 +151,13 @@ class Fields:
         return default if value is None else value
 
 
+def _as_number(value: object) -> float | None:
+    """Returns a finite number above 0 as a float, and None for anything else."""
+    if type(value) is int and 0 < value <= MAX_SIZE:
+        return float(value)
+    return value if type(value) is float and math.isfinite(value) and value > 0 else None
+
+
 @contextmanager
 def as_checkpoint_errors() -> Iterator[None]:
     """Turns ConfigError into CheckpointError where a ModelConfig is made of a checkpoint."""
@@ -147,12 +167,16 @@ def as_checkpoint_errors() -> Iterator[None]:
         raise CheckpointError(str(error)) from error
 
 
-def check_layers(config: ModelConfig, found: set[int]) -> None:
-    """Raises CheckpointError unless the files hold layers 0 to L-1, whatever is in each."""
-    # len() first: num_layers may be absurd, and whoever counts up to it would never end.
-    if len(found) != config.num_layers or max(found) != config.num_layers - 1:
+def check_layers(num_layers: int, names: Iterable[str]) -> None:
+    """Raises CheckpointError unless the tensors are of layers 0 to L-1, whatever is in each.
+
+    To be called before anything is made for each layer: num_layers may be absurd.
+    """
+    layers = (re.match(r"model\.layers\.(\d{1,9})\.", name) for name in names)
+    found = {int(layer[1]) for layer in layers if layer}
+    if len(found) != num_layers or max(found) != num_layers - 1:
         span = f"{len(found)}, numbered {min(found)} to {max(found)}" if found else "none"
         raise CheckpointError(
-            f"got settings of {config.num_layers} layers and tensors of {span}; they must agree;"
+            f"got settings of {num_layers} layers and tensors of {span}; they must agree;"
             " fetch or convert the checkpoint again"
         )

@@ -1,91 +1,157 @@
 """What all decoder-only families share: embed, one loop over stacked layers, norm, unembed.
 
 The loop is rolled, so that compile time does not grow with depth, and carries the whole cache,
-which every layer updates in place.
+which every layer updates in place. All of it runs within `jax.shard_map`, on what one device has:
+key heads, query heads, feed-forward channels and rows of the vocabulary are the device's own.
 """
 
-from typing import Protocol, runtime_checkable
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from pallasite.models import layers
 from pallasite.models.config import ModelConfig
-from pallasite.models.layers import embed, fine_linear, rms_norm
-from pallasite.models.weights import Weight
-from pallasite.pallas_kernels.paged_attention import AttentionConfig, Ragged, paged_attention
+from pallasite.models.layers import RmsNorm, rope, rope_factor, rope_frequencies
+from pallasite.models.lora import BatchAdapters
+from pallasite.models.weights import Declare, Matrix
+from pallasite.pallas_kernels.paged_attention import (
+    AttentionConfig,
+    PagedCache,
+    Ragged,
+    paged_attention,
+)
 
 
-@runtime_checkable
-class Attend(Protocol):
-    """Attends in one layer: writes the new rows into the cache and mixes the visible values."""
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """Where a block runs: in one layer, on the tokens of one batch.
 
-    def __call__(
+    Attributes:
+        layer: the layer's index.
+        ragged: whose the tokens are.
+        frequencies: the layer's rope, radians a position for each pair of dimensions.
+        rope_factor: what its sines and cosines are multiplied by.
+        attention: what is static about the model's attention.
+        adapters: those of the batch.
+    """
+
+    layer: Int[Array, ""]
+    ragged: Ragged
+    frequencies: Float[Array, "pairs"]
+    rope_factor: float
+    attention: AttentionConfig
+    adapters: BatchAdapters
+
+    def rotate(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
+        """Turns queries or keys by their positions."""
+        return rope(x, self.ragged.positions, self.frequencies, self.rope_factor)
+
+    def attend(
         self,
         q: Float[Array, "T N H"],
         k: Float[Array, "T K H"],
         v: Float[Array, "T K H"],
-        cache: jax.Array,
-    ) -> tuple[Float[Array, "T N H"], jax.Array]: ...
+        cache: PagedCache,
+    ) -> tuple[Float[Array, "T N*H"], PagedCache]:
+        """Writes the new rows into the cache and mixes the values that each query sees."""
+        with jax.named_scope("paged_attention"):
+            kv_new = jnp.stack((k, v), axis=2)
+            mixed, cache = paged_attention(
+                q, kv_new, cache, self.layer, self.ragged, self.attention
+            )
+        return mixed.reshape(q.shape[0], -1), cache
 
+    def linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+        """Multiplies as `layers.linear` does, by the matrix and each token's adapter of it."""
+        product = layers.linear(x, matrix)
+        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
 
-class Decoder(nnx.Module):
-    """The weights of a decoder.
-
-    Attributes:
-        embedding: `[V, D]`.
-        layers: a family's module of stacked weights, `[L, ...]` each.
-        final_norm: `[D]`.
-        head: `[V, D]`, or None where the embedding serves.
-    """
-
-    config: ModelConfig
-    embedding: Weight
-    layers: "DecoderLayers"
-    final_norm: Weight
-    head: Weight | None
+    def fine_linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+        """Multiplies as `layers.fine_linear` does, by the matrix and each token's adapter."""
+        product = layers.fine_linear(x, matrix)
+        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
 
 
 class DecoderLayers(nnx.Module):
     """A family's layers. Under the loop each weight is one layer's, without its first axis."""
 
     def block(
-        self, x: Float[Array, "T D"], positions: Int[Array, "T"], cache: jax.Array, attend: Attend
-    ) -> tuple[Float[Array, "T D"], jax.Array]:
+        self, x: Float[Array, "T D"], cache: PagedCache, at: Place
+    ) -> tuple[Float[Array, "T D"], PagedCache]:
         """Runs one layer on the residual stream."""
         raise NotImplementedError
 
 
+class Decoder(nnx.Module):
+    """The weights of a decoder, and how it begins and ends.
+
+    Attributes:
+        embedding: `[V, D]`.
+        embedding_scale: what its rows are multiplied by.
+        layers: a family's module of stacked weights, `[L, ...]` each.
+        final_norm: over D.
+        head: `[V, D]`, or None where the embedding serves.
+    """
+
+    embedding_scale: float = 1.0
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        declare: Declare,
+        layers: DecoderLayers,
+        norm: Callable[..., RmsNorm] = RmsNorm,
+    ) -> None:
+        shape, axes = (config.vocab_size, config.model_width), ("vocab", "width")
+        self.config = config
+        self.partition = declare.partition
+        self.embedding = declare.matrix(shape, axes, "model.embed_tokens.weight")
+        self.layers = layers
+        self.final_norm = norm(config, declare, "model.norm.weight")
+        has_head = not config.ties_embedding
+        self.head = declare.matrix(shape, axes, "lm_head.weight") if has_head else None
+
+
 def forward(
-    model: Decoder, cache: jax.Array, token_ids: Int[Array, "T"], ragged: Ragged
-) -> tuple[Float[Array, "T D"], jax.Array]:
+    model: Decoder,
+    cache: PagedCache,
+    token_ids: Int[Array, "T"],
+    ragged: Ragged,
+    adapters: BatchAdapters,
+) -> tuple[Float[Array, "T D"], PagedCache]:
     """Runs a ragged batch of tokens; returns normed hidden states and the updated cache."""
     config = model.config
-    attention = AttentionConfig(scale=config.head_width**-0.5)
+    attention = AttentionConfig(scale=config.attention_scale, windows=config.windows)
+    frequencies = jnp.asarray(rope_frequencies(config))
 
-    def layer(index: Int[Array, ""], carry: tuple[Array, jax.Array]) -> tuple[Array, jax.Array]:
+    def layer(index: Int[Array, ""], carry: tuple[Array, PagedCache]) -> tuple[Array, PagedCache]:
         x, cache = carry
         weights = jax.tree.map(
             lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), model.layers
         )
-
-        def attend(q: Array, k: Array, v: Array, cache: jax.Array) -> tuple[Array, jax.Array]:
-            with jax.named_scope("paged_attention"):
-                kv_new = jnp.stack((k, v), axis=2)
-                return paged_attention(q, kv_new, cache, index, ragged, attention)
-
-        return weights.block(x, ragged.positions, cache, attend)
+        at = Place(
+            layer=index,
+            ragged=ragged,
+            frequencies=frequencies[index],
+            rope_factor=rope_factor(config),
+            attention=attention,
+            adapters=adapters,
+        )
+        return weights.block(x, cache, at)
 
     with jax.named_scope("embed"):
-        x = embed(token_ids, model.embedding[...])
+        x = layers.embed(token_ids, model.embedding) * model.embedding_scale
     x, cache = jax.lax.fori_loop(0, config.num_layers, layer, (x, cache))
     with jax.named_scope("final_norm"):
-        return rms_norm(x, model.final_norm[...], config.norm_epsilon), cache
+        return model.final_norm(x), cache
 
 
 def unembed(model: Decoder, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
     """Returns the logits of normed hidden states."""
     with jax.named_scope("unembed"):
         head = model.embedding if model.head is None else model.head
-        return fine_linear(hidden, head[...])
+        return layers.unembed(hidden, head, model.config.vocab_size)

@@ -12,6 +12,9 @@ BaseForm = Literal["f32", "bf16"]
 
 DEFAULT_INT4_GROUP = 32
 
+EVERY_LAYER = r"^model\.layers\."
+"""A pattern of the names of all matrices but the embedding and the output head."""
+
 Rule = tuple[str, str]
 """A regular expression that is searched for in a weight's name, and the form of what it finds."""
 

@@ -5,19 +5,26 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
+from pallasite.models.sharding import MODEL_AXIS, RULES, sum_over
+from pallasite.models.weights import Declare, Matrix
+from pallasite.pallas_kernels.quantized_matmul import dequantize, quantized_matmul
 from pallasite.pallas_kernels.storage import decode
 
 
-def linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
-    """Multiplies by a held weight `[out, in]`, with x rounded to the weight's type.
+def linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+    """Multiplies by a matrix `[out, in]`, with x rounded to what the matrix's products take.
 
     Products are summed in f32, and an f32 weight means f32 products on every platform (a TPU's
-    default would round them to bfloat16).
+    default would round them to bfloat16). Where devices share the inputs, each has its own part of
+    the sums: `total` adds them up.
     """
-    weight = decode(weight)
+    if matrix.scales is not None:
+        return quantized_matmul(x, matrix.quantized(), matrix.dtype)
+    weight = decode(matrix.values[...])
     return jax.lax.dot_general(
         x.astype(weight.dtype),
         weight,
@@ -27,23 +34,46 @@ def linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
     )
 
 
-def fine_linear(x: Float[Array, "T in"], weight: jax.Array) -> Float[Array, "T out"]:
+def fine_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
     """Multiplies as `linear` does, but keeps 16 bits of x's mantissa beside a bfloat16 weight.
 
     What rounding takes from x is multiplied too, as T more rows of the same product. That costs
     little where the weight is narrow, or where reading it takes longer than multiplying; see
     docs/quality.md for what it buys.
     """
-    if weight.dtype == jnp.float32:
-        return linear(x, weight)
+    if matrix.dtype == jnp.float32 or matrix.form.quantizes_inputs:
+        return linear(x, matrix)
     rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-    product = linear(jnp.concatenate((rounded, x - rounded)), weight)
+    product = linear(jnp.concatenate((rounded, x - rounded)), matrix)
     return product[: x.shape[0]] + product[x.shape[0] :]
 
 
-def embed(token_ids: Int[Array, "T"], embedding: jax.Array) -> Float[Array, "T D"]:
-    """Looks up rows of a held embedding `[V, D]`."""
-    return decode(embedding[token_ids]).astype(jnp.float32)
+def total(product: Float[Array, "T out"], matrix: Matrix) -> Float[Array, "T out"]:
+    """Adds up what devices that share a matrix's inputs have of its products."""
+    axis = RULES[matrix.axes[-1]]
+    return product if axis is None else sum_over(product, axis)
+
+
+def embed(token_ids: Int[Array, "T"], embedding: Matrix) -> Float[Array, "T D"]:
+    """Looks up rows of an embedding `[V, D]`, whichever device has them."""
+    num_rows = embedding.values.shape[0]
+    index = token_ids - jax.lax.axis_index(MODEL_AXIS) * num_rows
+    is_here = (index >= 0) & (index < num_rows)
+    index = jnp.where(is_here, index, 0)
+    rows = jax.tree.map(lambda held: held[index], embedding)
+    if embedding.scales is None:
+        values = decode(rows.values[...]).astype(jnp.float32)
+    else:
+        values = dequantize(rows.quantized())
+    return sum_over(jnp.where(is_here[:, None], values, 0.0), MODEL_AXIS)
+
+
+def unembed(hidden: Float[Array, "T D"], head: Matrix, vocab_size: int) -> Float[Array, "T V"]:
+    """Returns the logits of all tokens, on every device, from an output head `[V, D]`."""
+    logits = fine_linear(hidden, head)
+    if jax.lax.axis_size(MODEL_AXIS) > 1:
+        logits = jax.lax.all_gather(logits, MODEL_AXIS, axis=1, tiled=True)
+    return logits[:, :vocab_size]
 
 
 def rms_norm(
@@ -53,6 +83,28 @@ def rms_norm(
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
     return x * jax.lax.rsqrt(mean_square + epsilon) * scale
+
+
+class RmsNorm(nnx.Module):
+    """A root-mean-square norm over the residual stream, or over what `width` and `axis` say."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        declare: Declare,
+        name: str,
+        axis: str = "width",
+        width: int | None = None,
+    ) -> None:
+        size = config.model_width if width is None else width
+        is_stacked = "{layer}" in name
+        shape = (config.num_layers, size) if is_stacked else (size,)
+        axes = ("layers", axis) if is_stacked else (axis,)
+        self.epsilon = config.norm_epsilon
+        self.scale = declare.vector(shape, axes, name)
+
+    def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
+        return rms_norm(x, self.scale[...], self.epsilon)
 
 
 def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "L pairs"]:

@@ -1,10 +1,11 @@
-"""What a weight is: one declaration gives its shape, dtype, logical axes and source.
+"""What a weight is: one declaration gives its shape, form, logical axes and source.
 
 A model is made of abstract weights, whose values are `jax.ShapeDtypeStruct`s, so that a model of
 any size can be planned and compiled without memory; the loader makes the same tree with arrays.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
@@ -12,8 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
 
-from pallasite.models.forms import BaseForm
-from pallasite.models.sharding import sharding
+from pallasite.models.errors import ConfigError
+from pallasite.models.forms import BaseForm, Form, Rule, form_of, parse_form
+from pallasite.models.partition import Partition
+from pallasite.models.sharding import MODEL_AXIS, RULES, sharding
+from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix
 from pallasite.pallas_kernels.storage import storage_dtype
 from pallasite.pallas_kernels.target import Target
 
@@ -21,41 +25,181 @@ ModelT = TypeVar("ModelT", bound=nnx.Module)
 
 
 def compute_dtype(form: BaseForm) -> jnp.dtype:
-    """Returns what the inputs of matrix products, and the cache, are rounded to."""
+    """Returns what the inputs of matrix products, and a cache of floats, are rounded to."""
     return jnp.dtype({"f32": jnp.float32, "bf16": jnp.bfloat16}[form])
 
 
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a checkpoint has a weight.
+
+    Attributes:
+        name: its Hugging Face name. Where that has `{layer}`, the weight stacks all layers along
+            its first axis, which is then the logical axis "layers".
+        shape: of the tensor there; a layer's, where it stacks layers.
+        rows: the first row of the tensor that is the weight's, and the one after its last; None
+            for all.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    rows: tuple[int, int] | None = None
+
+    @property
+    def is_stacked(self) -> bool:
+        return "{layer}" in self.name
+
+    @property
+    def pattern_name(self) -> str:
+        """The name that the rules for forms are matched against."""
+        return self.name.replace("{layer}", "*").removesuffix(".weight")
+
+    def names(self, num_layers: int) -> list[str]:
+        """Returns the tensors' names, one a layer where the weight stacks layers."""
+        if not self.is_stacked:
+            return [self.name]
+        return [self.name.format(layer=layer) for layer in range(num_layers)]
+
+
 class Weight(nnx.Param):
-    """A parameter with the metadata `axes` (logical names), `source` (see `Declare`)."""
+    """An array of parameters with the metadata `axes`, the logical names of its axes."""
+
+
+class Matrix(nnx.Module):
+    """A weight of matrix products `[out, in]`, or one a layer, in any form.
+
+    Attributes:
+        values: floats, or what a `QuantizedMatrix` holds.
+        scales, minimums: a quantized one's; else None.
+        axes: the logical names of its own axes, "layers" first where it stacks layers.
+        form: how it is held.
+        dtype: what its products' inputs are rounded to.
+        source: where a checkpoint has it.
+    """
+
+    def __init__(
+        self, parts: dict[str, Weight], axes: tuple[str, ...], held: tuple[Form, jnp.dtype, Source]
+    ) -> None:
+        self.values = parts["values"]
+        self.scales = parts.get("scales")
+        self.minimums = parts.get("minimums")
+        self.axes = axes
+        self.form, self.dtype, self.source = held
+
+    def quantized(self) -> QuantizedMatrix:
+        """Returns one layer's matrix, or an unstacked one, as the products' op takes it."""
+        assert self.scales is not None
+        return QuantizedMatrix(
+            values=self.values[...],
+            scales=self.scales[...],
+            minimums=None if self.minimums is None else self.minimums[...],
+            quantizes_inputs=self.form.quantizes_inputs,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The rows of a packed tensor that are a weight's: as many as it has, from `start` on.
+
+    Attributes:
+        num_rows: of the tensor.
+    """
+
+    start: int
+    num_rows: int
 
 
 class Declare:
-    """Declares the weights of one model in one form for one target."""
+    """Declares the weights of one model, in forms that rules choose, laid out for a partition.
 
-    def __init__(self, form: BaseForm, target: Target) -> None:
-        self._dtype = compute_dtype(form)
-        self._stacked_dtype = storage_dtype(self._dtype, target)
+    Shapes are the model's own; what is declared is padded and copied as the partition says.
+    """
 
-    def matrix(self, shape: tuple[int, ...], axes: tuple[str, ...], source: str) -> Weight:
+    def __init__(
+        self, base: BaseForm, target: Target, partition: Partition, rules: tuple[Rule, ...]
+    ) -> None:
+        self.partition = partition
+        self.names: list[str] = []
+        self._base = parse_form(base)
+        self._dtype = compute_dtype(base)
+        self._target = target
+        self._rules = rules
+
+    def matrix(
+        self, shape: tuple[int, ...], axes: tuple[str, ...], name: str, part: Part | None = None
+    ) -> Matrix:
         """Declares a weight of a matrix product, `[..., out, in]`, or an embedding.
 
-        `source` is its Hugging Face name. Where that has `{layer}`, the weight stacks all layers
-        along its first axis, which is then the logical axis "layers".
+        Raises ConfigError where its form's groups do not fit its inputs.
         """
+        source = _source(shape, axes, name, part)
+        self.names.append(source.pattern_name)
+        form = form_of(source.pattern_name, self._rules) or self._base
+        held = self._held(shape, axes)
+        if form.is_quantized:
+            parts = self._quantized_parts(held, axes, form, source)
+            return Matrix(parts, axes, (form, self._dtype, source))
+        dtype = compute_dtype("f32" if form.kind == "f32" else "bf16")
         # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
-        dtype = self._stacked_dtype if "{layer}" in source else self._dtype
-        return _declare(shape, axes, source, dtype)
+        held_as = storage_dtype(dtype, self._target) if source.is_stacked else dtype
+        return Matrix({"values": _weight(held, axes, held_as)}, axes, (form, dtype, source))
 
-    def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], source: str) -> Weight:
+    def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> Weight:
         """Declares a norm's scale or a bias: always f32, since it costs nothing."""
-        return _declare(shape, axes, source, jnp.dtype(jnp.float32))
+        source = _source(shape, axes, name, None)
+        return _weight(self._held(shape, axes), axes, jnp.dtype(jnp.float32), source)
+
+    def _held(self, shape: tuple[int, ...], axes: tuple[str, ...]) -> tuple[int, ...]:
+        pairs = zip(axes, shape, strict=True)
+        return tuple(self.partition.axis(axis, size).size for axis, size in pairs)
+
+    def _quantized_parts(
+        self, held: tuple[int, ...], axes: tuple[str, ...], form: Form, source: Source
+    ) -> dict[str, Weight]:
+        num_inputs = held[-1]
+        num_parts = self.partition.num_parts if RULES[axes[-1]] == MODEL_AXIS else 1
+        if form.group is not None and num_inputs % (num_parts * form.group):
+            raise ConfigError(
+                f"got the form {form} for {source.pattern_name}, whose rows have {num_inputs}"
+                f" inputs over {num_parts} devices; the group must divide"
+                f" {num_inputs // num_parts}; choose another group or mesh"
+            )
+        is_packed = form.kind == "int4"
+        dtype = {"int4": jnp.uint8, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[form.kind]
+        inputs = num_inputs // 2 if is_packed else num_inputs
+        groups = 1 if form.group is None else num_inputs // form.group
+        # A whole row's scale belongs to every device's part of the row.
+        group_axes = (*axes[:-1], axes[-1] if groups > 1 else "group")
+        parts = {
+            "values": _weight((*held[:-1], inputs), axes, jnp.dtype(dtype)),
+            "scales": _weight((*held[:-1], groups), group_axes, jnp.dtype(jnp.float32)),
+        }
+        if is_packed:
+            shape = (*held[:-1], groups)
+            parts["minimums"] = _weight(shape, group_axes, jnp.dtype(jnp.float32))
+        return parts
+
+
+Declared = Weight | Matrix
+
+
+def declared_weights(model: nnx.Module) -> Iterator[tuple[str, Declared]]:
+    """Yields every vector and matrix with its dotted path, in the order of the model's leaves."""
+    leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, Declared))
+    for path, weight in leaves[0]:
+        yield ".".join(str(getattr(key, "name", key)) for key in path), weight
 
 
 def named_weights(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
-    """Yields every weight with its dotted path, in the order of `jax.tree.leaves(model)`."""
+    """Yields every array with its dotted path, in the order of `jax.tree.leaves(model)`."""
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, Weight))
     for path, weight in leaves[0]:
         yield ".".join(str(getattr(key, "name", key)) for key in path), weight
+
+
+def source_of(weight: Declared) -> Source:
+    """Returns where a checkpoint has a vector or a matrix."""
+    return weight.source if isinstance(weight, Matrix) else weight.get_metadata("source")
 
 
 def placed(model: ModelT, mesh: Mesh) -> ModelT:
@@ -69,15 +213,22 @@ def placed(model: ModelT, mesh: Mesh) -> ModelT:
 
 
 def num_bytes(model: nnx.Module) -> int:
-    """Returns the bytes of all weights, abstract or not."""
+    """Returns the bytes of all weights over all model shards, abstract or not."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(model))
 
 
-def _declare(
-    shape: tuple[int, ...], axes: tuple[str, ...], source: str, dtype: jnp.dtype
-) -> Weight:
+def _source(shape: tuple[int, ...], axes: tuple[str, ...], name: str, part: Part | None) -> Source:
     if len(shape) != len(axes):
-        raise ValueError(f"got {len(axes)} axes for the shape {shape} of {source}")
-    return Weight(
-        jax.ShapeDtypeStruct(shape, dtype), axes=axes, source=source, eager_sharding=False
-    )
+        raise ValueError(f"got {len(axes)} axes for the shape {shape} of {name}")
+    own = shape[1:] if "{layer}" in name else shape
+    if part is None:
+        return Source(name=name, shape=own)
+    rows = (part.start, part.start + own[0])
+    return Source(name=name, shape=(part.num_rows, *own[1:]), rows=rows)
+
+
+def _weight(
+    shape: tuple[int, ...], axes: tuple[str, ...], dtype: jnp.dtype, source: Source | None = None
+) -> Weight:
+    struct = jax.ShapeDtypeStruct(shape, dtype)
+    return Weight(struct, axes=axes, source=source, eager_sharding=False)

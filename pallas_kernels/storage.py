@@ -1,4 +1,4 @@
-"""How 16-bit floats are held in memory, see `Target.holds_bfloat16_as_bits`.
+"""How floats are held in fewer bits: bfloat16, see `Target.holds_bfloat16_as_bits`, and int8.
 
 An array of dtype uint16 here always means the bits of bfloat16 values. The dtype of the array that
 is at hand decides, so nothing else has to be passed along.
@@ -7,6 +7,7 @@ is at hand decides, so nothing else has to be passed along.
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
+from jaxtyping import Array, Float, Int8
 
 from pallasite.pallas_kernels.target import Target
 
@@ -30,3 +31,17 @@ def decode(held: jax.Array) -> jax.Array:
     if held.dtype == jnp.uint16:
         return jax.lax.bitcast_convert_type(held, jnp.bfloat16)
     return held
+
+
+def quantize_rows(values: Float[Array, "*r n"]) -> tuple[Int8[Array, "*r n"], Float[Array, "*r"]]:
+    """Rounds each row to int8 with a scale of its own; returns them so that values = rows * scale.
+
+    The largest magnitude of a row becomes 127 or -127; a row of zeros has a scale of 0.
+    """
+    values = values.astype(jnp.float32)
+    scales = jnp.max(jnp.abs(values), axis=-1) / 127
+    # A scale below f32's normal numbers is a row of zeros: its inverse would not be finite.
+    is_zero = scales < jnp.finfo(jnp.float32).tiny
+    inverse = jnp.where(is_zero, 0.0, 1 / jnp.where(is_zero, 1.0, scales))
+    rows = jnp.round(values * inverse[..., None]).astype(jnp.int8)
+    return rows, jnp.where(is_zero, 0.0, scales)

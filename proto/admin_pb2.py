@@ -24,33 +24,41 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpallasite/proto/admin.proto\x12\x0cpallasite.v1\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"#\n\rDrainResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\"\x19\n\x17\x46lushPrefixCacheRequest\"\x1a\n\x18\x46lushPrefixCacheResponse\"E\n\x13StartProfileRequest\x12\x1b\n\x0emax_duration_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_max_duration_s\"\x16\n\x14StartProfileResponse\"\x14\n\x12StopProfileRequest\")\n\x13StopProfileResponse\x12\x12\n\nduration_s\x18\x01 \x01(\x01\"\x10\n\x0e\x41uditKvRequest\"\x80\x01\n\x0f\x41uditKvResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\x05\x12\x16\n\x0enum_free_pages\x18\x02 \x01(\x05\x12\x16\n\x0enum_used_pages\x18\x03 \x01(\x05\x12\x18\n\x10num_leased_pages\x18\x04 \x01(\x05\x12\x10\n\x08problems\x18\x05 \x03(\t2\x9f\x03\n\x05\x41\x64min\x12@\n\x05\x44rain\x12\x1a.pallasite.v1.DrainRequest\x1a\x1b.pallasite.v1.DrainResponse\x12\x61\n\x10\x46lushPrefixCache\x12%.pallasite.v1.FlushPrefixCacheRequest\x1a&.pallasite.v1.FlushPrefixCacheResponse\x12U\n\x0cStartProfile\x12!.pallasite.v1.StartProfileRequest\x1a\".pallasite.v1.StartProfileResponse\x12R\n\x0bStopProfile\x12 .pallasite.v1.StopProfileRequest\x1a!.pallasite.v1.StopProfileResponse\x12\x46\n\x07\x41uditKv\x12\x1c.pallasite.v1.AuditKvRequest\x1a\x1d.pallasite.v1.AuditKvResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1bpallasite/proto/admin.proto\x12\x0cpallasite.v1\"2\n\x12LoadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06\x66older\x18\x02 \x01(\t\"\x15\n\x13LoadAdapterResponse\"$\n\x14UnloadAdapterRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\"\x17\n\x15UnloadAdapterResponse\"4\n\x0c\x44rainRequest\x12\x16\n\ttimeout_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x0c\n\n_timeout_s\"#\n\rDrainResponse\x12\x12\n\nis_drained\x18\x01 \x01(\x08\"\x19\n\x17\x46lushPrefixCacheRequest\"\x1a\n\x18\x46lushPrefixCacheResponse\"E\n\x13StartProfileRequest\x12\x1b\n\x0emax_duration_s\x18\x01 \x01(\x01H\x00\x88\x01\x01\x42\x11\n\x0f_max_duration_s\"\x16\n\x14StartProfileResponse\"\x14\n\x12StopProfileRequest\")\n\x13StopProfileResponse\x12\x12\n\nduration_s\x18\x01 \x01(\x01\"\x10\n\x0e\x41uditKvRequest\"\x80\x01\n\x0f\x41uditKvResponse\x12\x11\n\tnum_pages\x18\x01 \x01(\x05\x12\x16\n\x0enum_free_pages\x18\x02 \x01(\x05\x12\x16\n\x0enum_used_pages\x18\x03 \x01(\x05\x12\x18\n\x10num_leased_pages\x18\x04 \x01(\x05\x12\x10\n\x08problems\x18\x05 \x03(\t2\xcd\x04\n\x05\x41\x64min\x12@\n\x05\x44rain\x12\x1a.pallasite.v1.DrainRequest\x1a\x1b.pallasite.v1.DrainResponse\x12\x61\n\x10\x46lushPrefixCache\x12%.pallasite.v1.FlushPrefixCacheRequest\x1a&.pallasite.v1.FlushPrefixCacheResponse\x12U\n\x0cStartProfile\x12!.pallasite.v1.StartProfileRequest\x1a\".pallasite.v1.StartProfileResponse\x12R\n\x0bStopProfile\x12 .pallasite.v1.StopProfileRequest\x1a!.pallasite.v1.StopProfileResponse\x12\x46\n\x07\x41uditKv\x12\x1c.pallasite.v1.AuditKvRequest\x1a\x1d.pallasite.v1.AuditKvResponse\x12R\n\x0bLoadAdapter\x12 .pallasite.v1.LoadAdapterRequest\x1a!.pallasite.v1.LoadAdapterResponse\x12X\n\rUnloadAdapter\x12\".pallasite.v1.UnloadAdapterRequest\x1a#.pallasite.v1.UnloadAdapterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'pallasite.proto.admin_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_DRAINREQUEST']._serialized_start=45
-  _globals['_DRAINREQUEST']._serialized_end=97
-  _globals['_DRAINRESPONSE']._serialized_start=99
-  _globals['_DRAINRESPONSE']._serialized_end=134
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=136
-  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=161
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=163
-  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=189
-  _globals['_STARTPROFILEREQUEST']._serialized_start=191
-  _globals['_STARTPROFILEREQUEST']._serialized_end=260
-  _globals['_STARTPROFILERESPONSE']._serialized_start=262
-  _globals['_STARTPROFILERESPONSE']._serialized_end=284
-  _globals['_STOPPROFILEREQUEST']._serialized_start=286
-  _globals['_STOPPROFILEREQUEST']._serialized_end=306
-  _globals['_STOPPROFILERESPONSE']._serialized_start=308
-  _globals['_STOPPROFILERESPONSE']._serialized_end=349
-  _globals['_AUDITKVREQUEST']._serialized_start=351
-  _globals['_AUDITKVREQUEST']._serialized_end=367
-  _globals['_AUDITKVRESPONSE']._serialized_start=370
-  _globals['_AUDITKVRESPONSE']._serialized_end=498
-  _globals['_ADMIN']._serialized_start=501
-  _globals['_ADMIN']._serialized_end=916
+  _globals['_LOADADAPTERREQUEST']._serialized_start=45
+  _globals['_LOADADAPTERREQUEST']._serialized_end=95
+  _globals['_LOADADAPTERRESPONSE']._serialized_start=97
+  _globals['_LOADADAPTERRESPONSE']._serialized_end=118
+  _globals['_UNLOADADAPTERREQUEST']._serialized_start=120
+  _globals['_UNLOADADAPTERREQUEST']._serialized_end=156
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_start=158
+  _globals['_UNLOADADAPTERRESPONSE']._serialized_end=181
+  _globals['_DRAINREQUEST']._serialized_start=183
+  _globals['_DRAINREQUEST']._serialized_end=235
+  _globals['_DRAINRESPONSE']._serialized_start=237
+  _globals['_DRAINRESPONSE']._serialized_end=272
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_start=274
+  _globals['_FLUSHPREFIXCACHEREQUEST']._serialized_end=299
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_start=301
+  _globals['_FLUSHPREFIXCACHERESPONSE']._serialized_end=327
+  _globals['_STARTPROFILEREQUEST']._serialized_start=329
+  _globals['_STARTPROFILEREQUEST']._serialized_end=398
+  _globals['_STARTPROFILERESPONSE']._serialized_start=400
+  _globals['_STARTPROFILERESPONSE']._serialized_end=422
+  _globals['_STOPPROFILEREQUEST']._serialized_start=424
+  _globals['_STOPPROFILEREQUEST']._serialized_end=444
+  _globals['_STOPPROFILERESPONSE']._serialized_start=446
+  _globals['_STOPPROFILERESPONSE']._serialized_end=487
+  _globals['_AUDITKVREQUEST']._serialized_start=489
+  _globals['_AUDITKVREQUEST']._serialized_end=505
+  _globals['_AUDITKVRESPONSE']._serialized_start=508
+  _globals['_AUDITKVRESPONSE']._serialized_end=636
+  _globals['_ADMIN']._serialized_start=639
+  _globals['_ADMIN']._serialized_end=1228
 # @@protoc_insertion_point(module_scope)

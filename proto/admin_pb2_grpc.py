@@ -59,6 +59,16 @@ class AdminStub:
                 request_serializer=pallasite_dot_proto_dot_admin__pb2.AuditKvRequest.SerializeToString,
                 response_deserializer=pallasite_dot_proto_dot_admin__pb2.AuditKvResponse.FromString,
                 _registered_method=True)
+        self.LoadAdapter = channel.unary_unary(
+                '/pallasite.v1.Admin/LoadAdapter',
+                request_serializer=pallasite_dot_proto_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+                response_deserializer=pallasite_dot_proto_dot_admin__pb2.LoadAdapterResponse.FromString,
+                _registered_method=True)
+        self.UnloadAdapter = channel.unary_unary(
+                '/pallasite.v1.Admin/UnloadAdapter',
+                request_serializer=pallasite_dot_proto_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+                response_deserializer=pallasite_dot_proto_dot_admin__pb2.UnloadAdapterResponse.FromString,
+                _registered_method=True)
 
 
 class AdminServicer:
@@ -100,6 +110,21 @@ class AdminServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def LoadAdapter(self, request, context):
+        """Loads a LoRA adapter from a folder in the PEFT format; nothing is compiled. INVALID_ARGUMENT for
+        one that does not fit the model, RESOURCE_EXHAUSTED where there is no room.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UnloadAdapter(self, request, context):
+        """Takes an adapter's name away; requests that use it go on. NOT_FOUND for an unknown one.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AdminServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -127,6 +152,16 @@ def add_AdminServicer_to_server(servicer, server):
                     servicer.AuditKv,
                     request_deserializer=pallasite_dot_proto_dot_admin__pb2.AuditKvRequest.FromString,
                     response_serializer=pallasite_dot_proto_dot_admin__pb2.AuditKvResponse.SerializeToString,
+            ),
+            'LoadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.LoadAdapter,
+                    request_deserializer=pallasite_dot_proto_dot_admin__pb2.LoadAdapterRequest.FromString,
+                    response_serializer=pallasite_dot_proto_dot_admin__pb2.LoadAdapterResponse.SerializeToString,
+            ),
+            'UnloadAdapter': grpc.unary_unary_rpc_method_handler(
+                    servicer.UnloadAdapter,
+                    request_deserializer=pallasite_dot_proto_dot_admin__pb2.UnloadAdapterRequest.FromString,
+                    response_serializer=pallasite_dot_proto_dot_admin__pb2.UnloadAdapterResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -264,6 +299,60 @@ class Admin:
             '/pallasite.v1.Admin/AuditKv',
             pallasite_dot_proto_dot_admin__pb2.AuditKvRequest.SerializeToString,
             pallasite_dot_proto_dot_admin__pb2.AuditKvResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def LoadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pallasite.v1.Admin/LoadAdapter',
+            pallasite_dot_proto_dot_admin__pb2.LoadAdapterRequest.SerializeToString,
+            pallasite_dot_proto_dot_admin__pb2.LoadAdapterResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UnloadAdapter(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/pallasite.v1.Admin/UnloadAdapter',
+            pallasite_dot_proto_dot_admin__pb2.UnloadAdapterRequest.SerializeToString,
+            pallasite_dot_proto_dot_admin__pb2.UnloadAdapterResponse.FromString,
             options,
             channel_credentials,
             insecure,

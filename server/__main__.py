@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from pallasite.engine.errors import ConfigError, ErrorCode, RequestError
-from pallasite.server import command_model, command_serve, command_text
+from pallasite.server import command_evaluate, command_model, command_serve, command_text
 from pallasite.server.arguments import parse
 
 _COMMANDS = {
@@ -20,6 +20,7 @@ _COMMANDS = {
     "generate": command_text.generate,
     "chat": command_text.chat,
     "score": command_text.score,
+    "evaluate": command_evaluate.evaluate,
 }
 
 

@@ -13,6 +13,8 @@ from pallasite.models.errors import ConfigError
 from pallasite.models.pull import PYPI_MODELS, cache_folder
 from pallasite.server.config import ServerConfig, TextLimits
 from pallasite.server.flags import (
+    ADAPTER,
+    ADAPTER_FLAGS,
     ADDRESS,
     BIAS,
     ENGINE_FLAGS,
@@ -27,6 +29,7 @@ from pallasite.server.flags import (
     TEXT,
     TEXT_LIMIT_FLAGS,
     WHOLE,
+    WINDOW,
     Flag,
     add_flags,
     flags_given,
@@ -131,21 +134,54 @@ def build_parser() -> Parser:
     )
     _add_engine_flags(score)
 
+    evaluate = commands.add_parser("evaluate", help="a model's perplexity on a text")
+    evaluate.add_argument("model", metavar="MODEL", help=_MODEL_HELP)
+    evaluate.add_argument(
+        "--text",
+        type=FILE,
+        metavar="FILE",
+        required=True,
+        help="UTF-8; - is standard input (required)",
+    )
+    evaluate.add_argument(
+        "--against",
+        type=TEXT,
+        metavar="MODEL",
+        help="compare with this model, as f32 and without any other form (default: none)",
+    )
+    evaluate.add_argument(
+        "--window",
+        type=WINDOW,
+        metavar=WINDOW.metavar,
+        default=512,
+        help="tokens that are predicted from one another at most (default: 512)",
+    )
+    _add_engine_flags(evaluate)
+
     info = commands.add_parser(
         "info", help="a model's sizes and memory plan, and what would run it"
     )
     info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: none)")
     _add_engine_flags(info)
 
-    for command in (generate, chat, score, info):
+    for command in (generate, chat, score, evaluate, info):
         command.add_argument("--json", action="store_true", help="print the result as JSON (off)")
     return parser
 
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine that the flags ask for. Raises ConfigError where they contradict."""
-    flags: tuple[Flag, ...] = ENGINE_FLAGS
+    flags: tuple[Flag, ...] = ENGINE_FLAGS + ADAPTER_FLAGS
     more: dict[str, Any] = {"compile_cache": args.compile_cache}
+    names = [name for name, _ in args.load_adapter]
+    if len(set(names)) != len(names):
+        raise ConfigError("got two --load-adapter of one name; each has its own; rename one")
+    if len(names) > getattr(args, "EngineConfig.max_adapters"):
+        raise ConfigError(
+            f"got {len(names)} --load-adapter and --max-adapters"
+            f" {getattr(args, 'EngineConfig.max_adapters')}; there must be room for each; raise"
+            " --max-adapters"
+        )
     if args.command == "serve":
         flags += QUEUE_FLAGS
         more["limits"] = read_flags(args, Limits, LIMIT_FLAGS)
@@ -154,7 +190,8 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
 
 def engine_flags_given(args: argparse.Namespace) -> list[str]:
     """The engine's flags that do not have their defaults."""
-    given = flags_given(args, EngineConfig, ENGINE_FLAGS)
+    given = flags_given(args, EngineConfig, ENGINE_FLAGS + ADAPTER_FLAGS)
+    given += ["--load-adapter"] if args.load_adapter else []
     return given + ([] if args.compile_cache == _default_compile_cache() else ["--compile-cache"])
 
 
@@ -207,6 +244,15 @@ def _default_compile_cache() -> Path:
 
 def _add_engine_flags(parser: Parser) -> None:
     add_flags(parser, "engine", EngineConfig, ENGINE_FLAGS)
+    add_flags(parser, "adapters", EngineConfig, ADAPTER_FLAGS)
+    parser.add_argument(
+        "--load-adapter",
+        type=ADAPTER,
+        metavar=ADAPTER.metavar,
+        action="append",
+        default=[],
+        help="load a LoRA adapter from a PEFT folder; any number of times (default: none)",
+    )
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--compile-cache",
@@ -271,6 +317,9 @@ def _add_sampling_flags(parser: Parser) -> None:
     request = parser.add_argument_group("request")
     request.add_argument(
         "--keep-special-tokens", action="store_true", help="show them in the text (off)"
+    )
+    request.add_argument(
+        "--adapter", type=TEXT, metavar="NAME", default="", help="a loaded adapter (default: none)"
     )
     request.add_argument(
         "--timeout-s", type=SECONDS, metavar="SECONDS", help="end it after (default: never)"

@@ -149,11 +149,12 @@ class Client:
         sampling: pb.SamplingParams | None = None,
         *,
         priority: int = 0,
+        adapter: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Stream:
         """Completes a prompt: a text, token ids or a ChatPrompt."""
-        request = generate_request(prompt, sampling, priority)
+        request = generate_request(prompt, sampling, priority, adapter)
         return self._stream(self._inference.Generate, request, request_id, timeout_s)
 
     def chat(
@@ -162,11 +163,12 @@ class Client:
         sampling: pb.SamplingParams | None = None,
         *,
         priority: int = 0,
+        adapter: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> Stream:
         """Answers a chat: messages with "role" and "content"."""
-        request = generate_request(chat_prompt(messages), sampling, priority)
+        request = generate_request(chat_prompt(messages), sampling, priority, adapter)
         return self._stream(self._inference.Generate, request, request_id, timeout_s)
 
     def prefill(
@@ -175,12 +177,15 @@ class Client:
         sampling: pb.SamplingParams | None = None,
         *,
         lease_s: float | None = None,
+        adapter: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> pb.PrefillResponse:
         """Computes a prompt and its first token, and leases their pages for lease_s seconds; None
         takes the server's longest."""
-        request = pb.PrefillRequest(request=generate_request(prompt, sampling, 0), lease_s=lease_s)
+        request = pb.PrefillRequest(
+            request=generate_request(prompt, sampling, 0, adapter), lease_s=lease_s
+        )
         return self._unary(self._inference.Prefill, request, timeout_s, request_id)
 
     def decode(self, handle: pb.KvHandle, *, timeout_s: float | None = None) -> Stream:
@@ -224,12 +229,13 @@ class Client:
         *,
         top: int = 5,
         priority: int = 0,
+        adapter: str = "",
         request_id: str = "",
         timeout_s: float | None = None,
     ) -> pb.ScoreResponse:
         """The log-probability of each token of a prompt, and the `top` likeliest tokens at each
         position."""
-        request = score_request(prompt, top, priority)
+        request = score_request(prompt, top, priority, adapter)
         return self._unary(self._inference.Score, request, timeout_s, request_id)
 
     def server_info(self, *, timeout_s: float | None = None) -> control_pb2.GetServerInfoResponse:

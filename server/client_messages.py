@@ -50,19 +50,19 @@ class Tls:
 
 
 def generate_request(
-    prompt: Prompt, sampling: pb.SamplingParams | None, priority: int
+    prompt: Prompt, sampling: pb.SamplingParams | None, priority: int, adapter: str
 ) -> pb.GenerateRequest:
     """The message of a prompt (a text, token ids or a chat) and sampling parameters."""
-    request = pb.GenerateRequest(sampling=sampling)
+    request = pb.GenerateRequest(sampling=sampling, adapter=adapter or None)
     if priority:
         request.priority = priority
     _set_prompt(request, prompt)
     return request
 
 
-def score_request(prompt: Prompt, top: int, priority: int) -> pb.ScoreRequest:
+def score_request(prompt: Prompt, top: int, priority: int, adapter: str) -> pb.ScoreRequest:
     """The message that scores a prompt."""
-    request = pb.ScoreRequest(top=top)
+    request = pb.ScoreRequest(top=top, adapter=adapter or None)
     if priority:
         request.priority = priority
     _set_prompt(request, prompt)

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.deployment import plan_deployment
+from pallasite.engine.deployment import devices_for, plan_deployment
 from pallasite.engine.planner import memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
@@ -31,7 +31,8 @@ def pull(args: argparse.Namespace) -> int:
 def info(args: argparse.Namespace) -> int:
     """Prints what runs here and, of a model, its sizes and memory plan."""
     config = engine_config(args)
-    target = TARGETS[jax.default_backend()]
+    devices = devices_for(config.mesh)
+    target = TARGETS[devices[0].platform]
     facts: dict[str, Any] = {
         "versions": {
             "pallasite": importlib.metadata.version("pallasite"),
@@ -41,8 +42,8 @@ def info(args: argparse.Namespace) -> int:
         },
         "target": {
             "name": target.name,
-            "device": jax.devices()[0].device_kind,
-            "num_devices": jax.device_count(),
+            "device": devices[0].device_kind,
+            "num_devices": len(devices),
             "page_size": target.page_size,
         },
         "compile_cache": _compile_cache(config.compile_cache),
@@ -73,6 +74,8 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
     deployment = plan_deployment(model, config)
     spec = deployment.cache_spec
     num_pages = spec.num_pages or None  # an accelerator's is known once it is compiled
+    limit = memory_limit(jax.devices()[0])
+    plan = deployment.memory_plan(0, limit)
     memory: dict[str, Any] = {
         "weights_bytes": num_bytes(deployment.model),
         "page_bytes": spec.page_bytes,
@@ -80,11 +83,16 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
         "num_pages": num_pages,
         "cached_tokens": None if num_pages is None else num_pages * spec.target.page_size,
         "cache_bytes": None if num_pages is None else spec.num_bytes,
-        "limit_bytes": memory_limit(jax.devices()[0]),
+        "device_weights_bytes": plan.weights,
+        "device_adapters_bytes": plan.adapters,
+        "device_cache_bytes": None if num_pages is None else plan.cache,
+        "device_limit_bytes": plan.limit,
+        "layout": "; ".join(deployment.model.partition.notes()) or "even",
     }
     sizes = {
         "num_parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
         "weights": config.weights,
+        "mesh": str(config.mesh),
         **asdict(model),
     }
     return {"model": sizes, "memory": memory}

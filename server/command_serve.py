@@ -17,6 +17,7 @@ from pallasite.server.arguments import engine_config
 from pallasite.server.auth import load_keys
 from pallasite.server.config import ServerConfig, TextLimits, TlsFiles
 from pallasite.server.flags import (
+    ADAPTER_FLAGS,
     ENGINE_FLAGS,
     SERVER_FLAGS,
     TEXT_LIMIT_FLAGS,
@@ -47,6 +48,7 @@ def server_config(args: argparse.Namespace) -> ServerConfig:
         engine=engine_config(args),
         reflection=args.reflection,
         tls=tls,
+        adapters=dict(args.load_adapter),
         api_keys={} if args.api_keys is None else load_keys(args.api_keys),
         text=read_flags(args, TextLimits, TEXT_LIMIT_FLAGS),
     )
@@ -81,9 +83,12 @@ def _serve_arguments(args: argparse.Namespace) -> list[str]:
     cache = config.compile_cache
     arguments = [args.model, "--port", "0"]
     arguments += ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
-    for flag in ENGINE_FLAGS:
+    for name, folder in args.load_adapter:
+        arguments += ["--load-adapter", f"{name}={folder}"]
+    for flag in ENGINE_FLAGS + ADAPTER_FLAGS:
         if (value := getattr(config, flag.field)) is not None:
-            arguments += [flag_name(EngineConfig, flag), str(value)]
+            assert flag.kind is not None
+            arguments += [flag_name(EngineConfig, flag), flag.kind.show(value)]
     return arguments
 
 

@@ -105,6 +105,7 @@ def _text_request(args: argparse.Namespace, prompt: Prompt, params: SamplingPara
         bad_words=tuple(args.bad_word),
         skips_special=not args.keep_special_tokens,
         timeout_s=args.timeout_s,
+        adapter=args.adapter,
     )
 
 

@@ -55,6 +55,7 @@ class ServerConfig:
         model: the checkpoint, a GGUF file or a Hugging Face folder.
         model_name: what clients call it; empty takes the checkpoint's own file or folder name.
         engine: how the engine runs it.
+        adapters: LoRA adapters to load at start, by name: folders in the PEFT format.
         host: the address to listen on.
         port: gRPC's port; 0 picks a free one.
         admin_port: the port of the Admin service, which listens on loopback only; None has none.
@@ -73,6 +74,7 @@ class ServerConfig:
     model: Path
     model_name: str = ""
     engine: EngineConfig = field(default_factory=EngineConfig)
+    adapters: Mapping[str, Path] = field(default_factory=lambda: MappingProxyType({}))
     host: str = "127.0.0.1"
     port: int = 9000
     admin_port: int | None = None

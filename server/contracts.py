@@ -1,6 +1,7 @@
 """What the server needs of an engine: the engine has it, and so does a test's fake one."""
 
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from pallasite.engine.config import EngineConfig
@@ -118,6 +119,12 @@ class Engine(Protocol):
     def release(self, handle_id: str, epoch: str, tenant: str) -> None: ...
 
     def extend_lease(self, handle_id: str, epoch: str, tenant: str, lease_s: float) -> KvHandle: ...
+
+    def adapter_names(self) -> list[str]: ...
+
+    def load_adapter(self, name: str, folder: Path) -> None: ...
+
+    def unload_adapter(self, name: str) -> None: ...
 
     def current_load(self) -> EngineLoad: ...
 

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from pallasite.engine.config import EngineConfig, Limits
 from pallasite.engine.request import SamplingParams
+from pallasite.models.forms import EVERY_LAYER, Rule
+from pallasite.models.sharding import DATA_AXIS, MODEL_AXIS, MeshShape
 from pallasite.server.config import ServerConfig, TextLimits
 
 _T = TypeVar("_T")
@@ -23,12 +25,14 @@ _T = TypeVar("_T")
 class Kind:
     """How a flag's text is read, and how `--help` calls it.
 
-    `parse` raises ValueError; `allowed` then ends the message "got X; allowed is ...".
+    `parse` raises ValueError; `allowed` then ends the message "got X; allowed is ...". `show` gives
+    the text that a value is read from.
     """
 
     metavar: str
     parse: Callable[[str], Any]
     allowed: str
+    show: Callable[[Any], str] = str
 
     def __call__(self, text: str) -> Any:
         try:
@@ -41,6 +45,13 @@ def _int(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,19}", text):
         raise ValueError
     return int(text)
+
+
+def _window(text: str) -> int:
+    window = _int(text)
+    if window < 2:
+        raise ValueError
+    return window
 
 
 def _ids(text: str) -> tuple[int, ...]:
@@ -58,6 +69,31 @@ def _address(text: str) -> str:
     return text
 
 
+def _rules(text: str) -> tuple[Rule, ...]:
+    rules = []
+    for part in filter(None, text.split(";")):
+        pattern, _, form = part.rpartition("=")
+        rules.append((pattern or EVERY_LAYER, form))
+    return tuple(rules)
+
+
+def _adapter(text: str) -> tuple[str, Path]:
+    name, _, folder = text.partition("=")
+    if not name or not folder:
+        raise ValueError
+    return name, Path(folder)
+
+
+def _mesh(text: str) -> MeshShape:
+    sizes = {}
+    for part in text.split(","):
+        name, _, size = part.partition("=")
+        if name not in (DATA_AXIS, MODEL_AXIS) or name in sizes:
+            raise ValueError
+        sizes[name] = _int(size)
+    return MeshShape(**sizes)
+
+
 def choice(*values: str) -> Kind:
     """One of a few words."""
 
@@ -70,6 +106,7 @@ def choice(*values: str) -> Kind:
 
 
 WHOLE = Kind(metavar="N", parse=_int, allowed="a whole number")
+WINDOW = Kind(metavar="N", parse=_window, allowed="a whole number from 2 on")
 REAL = Kind(metavar="X", parse=float, allowed="a number")
 SECONDS = Kind(metavar="SECONDS", parse=float, allowed="a number of seconds")
 TEXT = Kind(metavar="TEXT", parse=str, allowed="a text")
@@ -77,6 +114,14 @@ FOLDER = Kind(metavar="FOLDER", parse=Path, allowed="a folder")
 FILE = Kind(metavar="FILE", parse=Path, allowed="a file")
 IDS = Kind(metavar="ID,ID,...", parse=_ids, allowed="token ids with commas between them")
 BIAS = Kind(metavar="ID=X", parse=_bias, allowed="a token id, an equals sign and a number")
+RULES = Kind(
+    metavar="PATTERN=FORM;...",
+    parse=_rules,
+    allowed="a form, or PATTERN=FORM with ; between them",
+    show=lambda rules: ";".join(map("=".join, rules)),
+)
+ADAPTER = Kind(metavar="NAME=FOLDER", parse=_adapter, allowed="a name, = and a folder")
+MESH = Kind(metavar="data=N,model=N", parse=_mesh, allowed="as in data=2,model=4")
 ADDRESS = Kind(metavar="HOST:PORT", parse=_address, allowed="HOST:PORT, as 127.0.0.1:9000")
 
 
@@ -102,8 +147,26 @@ ENGINE_FLAGS = (
     Flag(
         field="weights",
         kind=choice("f32", "bf16"),
-        help="the form that weights are held in, and the type of the cache and of every matrix"
+        help="the form of weights that nothing else gives one, and the type of every matrix"
         " product's inputs",
+    ),
+    Flag(
+        field="quantize",
+        kind=RULES,
+        help="the form of the weights whose names a pattern is found in, as in"
+        " 'mlp=int4:64;self_attn=int8'; a form alone is every layer's; forms are f32, bf16, fp8,"
+        " int8, w8a8 and int4, with :N for groups of N",
+    ),
+    Flag(
+        field="cache",
+        kind=choice("auto", "int8"),
+        help="what cached keys and values are rounded to; auto is the type of --weights",
+    ),
+    Flag(
+        field="mesh",
+        kind=MESH,
+        help="devices: data shards that serve requests of their own, and devices that share the"
+        " weights of each; a CPU is cut into as many",
     ),
     Flag(field="max_requests", kind=WHOLE, help="completions that run at once, at least 2"),
     Flag(
@@ -125,6 +188,10 @@ ENGINE_FLAGS = (
         help="cached tokens over all requests",
         unset="on a CPU 1,024 a request, one whole context at least; elsewhere all that fits",
     ),
+)
+ADAPTER_FLAGS = (
+    Flag(field="max_adapters", kind=WHOLE, help="adapters loaded at once at most"),
+    Flag(field="max_adapter_rank", kind=WHOLE, help="the highest rank of one"),
 )
 QUEUE_FLAGS = (
     Flag(field="max_waiting", kind=WHOLE, help="requests that wait at most"),
@@ -221,7 +288,7 @@ SAMPLING_FLAGS = (
 )
 
 TABLES: tuple[tuple[type, tuple[Flag, ...]], ...] = (
-    (EngineConfig, ENGINE_FLAGS + QUEUE_FLAGS),
+    (EngineConfig, ENGINE_FLAGS + ADAPTER_FLAGS + QUEUE_FLAGS),
     (Limits, LIMIT_FLAGS),
     (TextLimits, TEXT_LIMIT_FLAGS),
     (ServerConfig, SERVER_FLAGS),
@@ -244,7 +311,9 @@ def add_flags(
                 name, dest=_place(config, flag), action="store_true", help=f"{flag.help} (off)"
             )
             continue
-        shown = flag.unset if default is None else repr(default) if default == "" else default
+        shown = flag.unset if default is None else default
+        if default in ("", ()):
+            shown = "none" if default == () else repr(default)
         group.add_argument(
             name,
             dest=_place(config, flag),

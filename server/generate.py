@@ -202,6 +202,7 @@ class TextEngine:
             priority=request.priority,
             timeout_s=request.timeout_s,
             tenant=request.tenant,
+            adapter=request.adapter,
         )
 
     def _completion(self, request: TextRequest) -> Completion:

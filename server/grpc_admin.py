@@ -8,7 +8,7 @@ from pathlib import Path
 import grpc
 import jax
 
-from pallasite.engine.errors import ErrorCode, RequestError
+from pallasite.engine.errors import ConfigError, ErrorCode, RequestError
 from pallasite.proto import admin_pb2 as pb
 from pallasite.server.contracts import Engine
 from pallasite.server.grpc_door import Call
@@ -98,6 +98,29 @@ class AdminService:
             num_leased_pages=audit.leased,
             problems=audit.problems,
         )
+
+    async def load_adapter(
+        self, request: pb.LoadAdapterRequest, call: Call
+    ) -> pb.LoadAdapterResponse:
+        """Loads an adapter."""
+        if not request.folder:
+            raise RequestError(
+                "got no folder; it must be a PEFT adapter's on this machine; name one",
+                field="folder",
+            )
+        try:
+            # It reads files and waits for the step that runs.
+            await asyncio.to_thread(self._engine.load_adapter, request.name, Path(request.folder))
+        except ConfigError as error:
+            raise RequestError(str(error), field="folder") from error
+        return pb.LoadAdapterResponse()
+
+    async def unload_adapter(
+        self, request: pb.UnloadAdapterRequest, call: Call
+    ) -> pb.UnloadAdapterResponse:
+        """Takes an adapter's name away."""
+        await asyncio.to_thread(self._engine.unload_adapter, request.name)
+        return pb.UnloadAdapterResponse()
 
 
 class _Profile:

@@ -51,6 +51,9 @@ class ControlService:
             eos_token_ids=model.eos_token_ids,
             weights=engine.config.weights,
             has_chat_template=self._text_engine.encoder.chat_template is not None,
+            adapters=engine.adapter_names(),
+            max_adapters=engine.config.max_adapters,
+            max_adapter_rank=engine.config.max_adapter_rank,
         )
 
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:

@@ -65,6 +65,7 @@ def text_request(request: pb.GenerateRequest, call: Call) -> TextRequest:
         priority=request.priority,
         timeout_s=call.timeout_s,
         tenant=call.tenant,
+        adapter=request.adapter,
     )
 
 
@@ -77,6 +78,7 @@ def score_request(request: pb.ScoreRequest, call: Call) -> TextRequest:
         priority=request.priority,
         timeout_s=call.timeout_s,
         tenant=call.tenant,
+        adapter=request.adapter,
     )
 
 

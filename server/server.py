@@ -30,6 +30,9 @@ def serve(config: ServerConfig, progress: Callable[[str], None] = print) -> int:
     chat_template = None if source is None else ChatTemplate(source, tokenizer)
     engine = Engine.load(config.model, config.engine, progress)
     try:
+        for name, folder in config.adapters.items():
+            engine.load_adapter(name, folder)
+            progress(f"adapter {name} is loaded")
         server = GrpcServer(config, engine, tokenizer, chat_template)
         return asyncio.run(_serve_until_signal(server, config, progress))
     finally:

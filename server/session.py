@@ -119,8 +119,8 @@ def open_session(args: argparse.Namespace) -> AbstractAsyncContextManager[Sessio
 @asynccontextmanager
 async def _open_engine(args: argparse.Namespace) -> AsyncIterator[Session]:
     path, progress = locate(args.model), progress_printer()
-    with (
-        closing(Engine.load(path, engine_config(args), progress)) as engine,
-        closing(EngineSession(path, engine, progress)) as session,
-    ):
-        yield session
+    with closing(Engine.load(path, engine_config(args), progress)) as engine:
+        for name, folder in args.load_adapter:
+            engine.load_adapter(name, folder)
+        with closing(EngineSession(path, engine, progress)) as session:
+            yield session

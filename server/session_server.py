@@ -38,7 +38,10 @@ class ServerSession:
     async def generate(self, request: TextRequest) -> AsyncIterator[TextEvent]:
         """Yields the events of a request. Raises RequestError where it failed."""
         stream = self._client.generate(
-            _prompt(request), _sampling(request), timeout_s=request.timeout_s
+            _prompt(request),
+            _sampling(request),
+            adapter=request.adapter,
+            timeout_s=request.timeout_s,
         )
         with_prompt_logprobs: set[int] = set()
         if request.params.prompt_logprobs is not None:

@@ -36,7 +36,7 @@ class TextRequest:
         bad_words: words that may not be completed.
         skips_special: whether special tokens are left out of the text.
         model: the model's name; empty takes the served one.
-        request_id, priority, timeout_s, tenant: as in the engine's Request.
+        request_id, priority, timeout_s, tenant, adapter: as in the engine's Request.
     """
 
     prompt: Prompt
@@ -49,6 +49,7 @@ class TextRequest:
     priority: int = 0
     timeout_s: float | None = None
     tenant: str = ""
+    adapter: str = ""
 
 
 @dataclass(slots=True, kw_only=True)

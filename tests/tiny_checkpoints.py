@@ -99,20 +99,7 @@ def write_hf(
 
     `dtype` is F32, F16 or BF16. With several shards the tensors are dealt out in turn.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    stored = {name: tensor.astype(_DTYPES[dtype]) for name, tensor in tensors.items()}
-    if shards == 1:
-        save_file(stored, folder / "model.safetensors", {"format": "pt"})
-    else:
-        weight_map = {}
-        for index in range(shards):
-            part = dict(list(stored.items())[index::shards])
-            file_name = f"model-{index + 1:05}-of-{shards:05}.safetensors"
-            save_file(part, folder / file_name, {"format": "pt"})
-            weight_map |= dict.fromkeys(part, file_name)
-        size = sum(tensor.nbytes for tensor in stored.values())
-        index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        write_json(folder / "model.safetensors.index.json", index_file)
+    write_safetensors(folder, tensors, shards, dtype)
     write_json(folder / "config.json", hf_config(config))
     eos = config.eos_token_ids
     generation = {"eos_token_id": eos[0] if len(eos) == 1 else list(eos)}
@@ -128,6 +115,26 @@ def write_hf(
     }
     write_json(folder / "tokenizer_config.json", tokenizer_config)
     return folder
+
+
+def write_safetensors(
+    folder: Path, tensors: Mapping[str, np.ndarray], shards: int = 1, dtype: str = "F32"
+) -> None:
+    """Writes the weights of a Hugging Face folder; see `write_hf`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    stored = {name: tensor.astype(_DTYPES[dtype]) for name, tensor in tensors.items()}
+    if shards == 1:
+        save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    else:
+        weight_map = {}
+        for index in range(shards):
+            part = dict(list(stored.items())[index::shards])
+            file_name = f"model-{index + 1:05}-of-{shards:05}.safetensors"
+            save_file(part, folder / file_name, {"format": "pt"})
+            weight_map |= dict.fromkeys(part, file_name)
+        size = sum(tensor.nbytes for tensor in stored.values())
+        index_file = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        write_json(folder / "model.safetensors.index.json", index_file)
 
 
 def hf_config(config: ModelConfig) -> dict[str, object]:
@@ -266,24 +273,33 @@ def write_gguf(
     if config.rope_scaling is not None:
         divisors = llama3_divisors(config.rope_scaling, config.head_width, config.rope_theta)
         writer.add_tensor("rope_freqs.weight", divisors)
-    number = gguf.GGMLQuantizationType[kind]
     heads = {"q_proj": config.num_query_heads, "k_proj": config.num_kv_heads}
     for name, tensor in tensors.items():
         for projection, num_heads in heads.items():
             if name.endswith(f"{projection}.weight"):
                 tensor = interleave_rows(tensor, num_heads)
-        if tensor.ndim == 1 or kind == "F32":
-            writer.add_tensor(gguf_name(name), tensor.astype(np.float32))
-        elif kind == "F16":
-            writer.add_tensor(gguf_name(name), tensor.astype(np.float16))
-        else:
-            stored = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), number)
-            writer.add_tensor(gguf_name(name), stored, raw_dtype=number)
+        add_tensor(writer, gguf_name(name), tensor, kind)
+    finish(writer)
+    return path
+
+
+def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, kind: str) -> None:
+    """Adds a tensor under GGUF's name for it; see `write_gguf`."""
+    if tensor.ndim == 1 or kind == "F32":
+        writer.add_tensor(name, tensor.astype(np.float32))
+    elif kind == "F16":
+        writer.add_tensor(name, tensor.astype(np.float16))
+    else:
+        number = gguf.GGMLQuantizationType[kind]
+        stored = gguf.quants.quantize(np.ascontiguousarray(tensor, np.float32), number)
+        writer.add_tensor(name, stored, raw_dtype=number)
+
+
+def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return path
 
 
 def gguf_name(name: str) -> str:

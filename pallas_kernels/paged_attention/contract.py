@@ -1,6 +1,7 @@
 """The types of the paged attention op, shared by the op and its bodies."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 from jaxtyping import Array, Int
@@ -8,21 +9,25 @@ from jaxtyping import Array, Int
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """What is static about an attention layer.
+    """What is static about a model's attention.
 
     Attributes:
         scale: the queries are multiplied by it, usually H ** -0.5.
-        window: each query sees this many positions at most, itself included; None sees all.
+        windows: for each layer, how many positions a query sees at most, itself included, None for
+            all; empty where every layer sees all. Layers run in a rolled loop, so a body looks its
+            window up by the layer's index, and one program serves them all.
         soft_cap: scores become soft_cap * tanh(scores / soft_cap) before masking; None leaves them.
     """
 
     scale: float
-    window: int | None = None
+    windows: tuple[int | None, ...] = ()
     soft_cap: float | None = None
 
     def __post_init__(self) -> None:
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"got window={self.window}; it must be at least 1; use None for none")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise ValueError(
+                f"got windows={self.windows}; each must be at least 1; use None for none"
+            )
         if self.soft_cap is not None and not self.soft_cap > 0:
             raise ValueError(f"got soft_cap={self.soft_cap}; it must be > 0; use None for none")
 
@@ -51,3 +56,22 @@ class Ragged:
     page_table: Int[Array, "B M"]
     num_requests: Int[Array, ""]
     num_decode: Int[Array, ""]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class PagedCache:
+    """The keys and values of all layers, by pages.
+
+    The fields are typed Any since the same tree also holds abstract shapes, placements and the
+    axes' names.
+
+    Attributes:
+        values: `[L, P, K, 2, page, H]` of f32, bfloat16, the bits of bfloat16 in uint16, or int8.
+        scales: for int8, f32 `[L, P, K, 2, page]`: what each row of H values is multiplied by. A
+            row has a scale of its own, made when it is written, so that no row is rounded twice.
+            None for floats.
+    """
+
+    values: Any
+    scales: Any = None

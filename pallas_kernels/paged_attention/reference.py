@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, Ragged
-from pallasite.pallas_kernels.storage import decode, encode
+from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.storage import decode, encode, quantize_rows
 
 BLOCK_TOKENS = 128
 """Cached tokens gathered at once."""
@@ -26,57 +26,66 @@ TILE_QUERIES = 64
 def paged_attention(
     q: Float[Array, "T N H"],
     kv_new: Float[Array, "T K 2 H"],
-    cache: jax.Array,
+    cache: PagedCache,
     layer: Int[Array, ""],
     ragged: Ragged,
     config: AttentionConfig,
-) -> tuple[Float[Array, "T N H"], jax.Array]:
+) -> tuple[Float[Array, "T N H"], PagedCache]:
     """See the op in the package."""
     cache = write(kv_new, cache, layer, ragged)
     num_tokens, num_heads, head_width = q.shape
     num_rows = ragged.kv_lens.shape[0]
     q = q.astype(jnp.float32) * config.scale
-    q = q.reshape(num_tokens, cache.shape[2], num_heads // cache.shape[2], head_width)
+    num_kv_heads = cache.values.shape[2]
+    q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_width)
     reader = _BlockReader.make(cache, layer, ragged.page_table)
-    out = _attend_decode(q[:num_rows], reader, ragged, config)
+    view = _View(_window(config, layer), config.soft_cap)
+    out = _attend_decode(q[:num_rows], reader, ragged, view)
     if num_tokens > num_rows:
         out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0), (0, 0)))
-        out = _attend_prefill(q, out, reader, ragged, config)
+        out = _attend_prefill(q, out, reader, ragged, view)
     return out.reshape(num_tokens, num_heads, head_width), cache
 
 
 def write(
-    kv_new: Float[Array, "T K 2 H"], cache: jax.Array, layer: Int[Array, ""], ragged: Ragged
-) -> jax.Array:
+    kv_new: Float[Array, "T K 2 H"], cache: PagedCache, layer: Int[Array, ""], ragged: Ragged
+) -> PagedCache:
     """Returns the cache with each live token's keys and values in its place."""
     token = jnp.arange(kv_new.shape[0], dtype=jnp.int32)
     row = jnp.sum(token[:, None] >= ragged.query_starts[None, 1:], axis=1, dtype=jnp.int32)
-    page_size = cache.shape[4]
+    num_pages, page_size = cache.values.shape[1], cache.values.shape[4]
     page = ragged.page_table[row, ragged.positions // page_size]
-    page = jnp.where(token < ragged.query_starts[-1], page, cache.shape[1])
-    held = encode(kv_new, cache.dtype)
-    return cache.at[layer, page, :, :, ragged.positions % page_size].set(held, mode="drop")
+    page = jnp.where(token < ragged.query_starts[-1], page, num_pages)
+    place = (layer, page, slice(None), slice(None), ragged.positions % page_size)
+    if cache.scales is None:
+        held = encode(kv_new, cache.values.dtype)
+        return PagedCache(values=cache.values.at[place].set(held, mode="drop"))
+    held, scales = quantize_rows(kv_new)
+    return PagedCache(
+        values=cache.values.at[place].set(held, mode="drop"),
+        scales=cache.scales.at[place].set(scales, mode="drop"),
+    )
 
 
 class _BlockReader(NamedTuple):
     """Reads BLOCK_TOKENS cached tokens of a request at a time."""
 
-    cache: jax.Array
+    cache: PagedCache
     layer: Int[Array, ""]
     page_table: Int[Array, "B M"]
     num_pages: int
 
     @classmethod
     def make(
-        cls, cache: jax.Array, layer: Int[Array, ""], page_table: Int[Array, "B M"]
+        cls, cache: PagedCache, layer: Int[Array, ""], page_table: Int[Array, "B M"]
     ) -> "_BlockReader":
-        num_pages = max(1, BLOCK_TOKENS // cache.shape[4])
+        num_pages = max(1, BLOCK_TOKENS // cache.values.shape[4])
         surplus = -page_table.shape[1] % num_pages
         return cls(cache, layer, jnp.pad(page_table, ((0, 0), (0, surplus))), num_pages)
 
     @property
     def num_tokens(self) -> int:
-        return self.num_pages * self.cache.shape[4]
+        return self.num_pages * self.cache.values.shape[4]
 
     def pages_of_row(self, row: Int[Array, ""], block: Int[Array, ""]) -> Int[Array, "p"]:
         start = (row, block * self.num_pages)
@@ -89,10 +98,13 @@ class _BlockReader(NamedTuple):
 
     def read(self, pages: Int[Array, "*B p"]) -> tuple[Array, Array]:
         """Returns keys and values `[*B, K, S, H]` of the pages' tokens, in f32."""
-        held = self.cache[self.layer, pages]
+        held = self.cache.values[self.layer, pages]
         held = jnp.moveaxis(held, -5, -3)  # [*B, K, 2, p, page, H]
         shape = (*held.shape[:-3], self.num_tokens, held.shape[-1])
         kv = decode(held.reshape(shape)).astype(jnp.float32)
+        if self.cache.scales is not None:
+            scales = jnp.moveaxis(self.cache.scales[self.layer, pages], -4, -2)
+            kv = kv * scales.reshape(*shape[:-1], 1)
         return kv[..., 0, :, :], kv[..., 1, :, :]
 
 
@@ -133,20 +145,46 @@ class _Softmax(NamedTuple):
         return self.weighted / jnp.where(self.total == 0, 1.0, self.total)[..., None]
 
 
+class _View(NamedTuple):
+    """What of a sequence's scores one layer's queries see."""
+
+    window: Int[Array, ""] | None
+    soft_cap: float | None
+
+    def first_visible(self, positions: Int[Array, "*q"]) -> Int[Array, "*q"]:
+        if self.window is None:
+            return jnp.zeros_like(positions)
+        return jnp.maximum(positions - self.window + 1, 0)
+
+    def cap(self, scores: Float[Array, "*s"]) -> Float[Array, "*s"]:
+        if self.soft_cap is None:
+            return scores
+        return self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+
+def _window(config: AttentionConfig, layer: Int[Array, ""]) -> Int[Array, ""] | None:
+    """Returns the layer's window, one that hides nothing where it has none."""
+    if all(window is None for window in config.windows):
+        return None
+    hides_nothing = jnp.iinfo(jnp.int32).max
+    windows = [hides_nothing if window is None else window for window in config.windows]
+    return jnp.asarray(windows, jnp.int32)[layer]
+
+
 def _attend_decode(
-    q: Float[Array, "B K G H"], reader: _BlockReader, ragged: Ragged, config: AttentionConfig
+    q: Float[Array, "B K G H"], reader: _BlockReader, ragged: Ragged, view: _View
 ) -> Float[Array, "B K G H"]:
     """One query a row, at the row's last position; other rows come back as zeros."""
     num_rows = q.shape[0]
     is_decode = jnp.arange(num_rows, dtype=jnp.int32) < ragged.num_decode
     kv_lens = jnp.where(is_decode, ragged.kv_lens, 0)
-    starts = jnp.where(is_decode, _first_visible(kv_lens - 1, config), jnp.iinfo(jnp.int32).max)
+    starts = jnp.where(is_decode, view.first_visible(kv_lens - 1), jnp.iinfo(jnp.int32).max)
 
     def block(index: Int[Array, ""], softmax: _Softmax) -> _Softmax:
         k, v = reader.read(reader.pages_of_all(index))
         s = index * reader.num_tokens + jnp.arange(reader.num_tokens, dtype=jnp.int32)
         visible = (s[None] < kv_lens[:, None]) & (s[None] >= starts[:, None])
-        scores = _cap(jnp.einsum("bkgh,bksh->bkgs", q, k), config)
+        scores = view.cap(jnp.einsum("bkgh,bksh->bkgs", q, k))
         # Rows of a page that were never written may hold anything, and 0 * NaN is NaN.
         v = jnp.where(visible[:, None, :, None], v, 0.0)
         return softmax.add(
@@ -163,7 +201,7 @@ def _attend_prefill(
     out: Float[Array, "T K G H"],
     reader: _BlockReader,
     ragged: Ragged,
-    config: AttentionConfig,
+    view: _View,
 ) -> Float[Array, "T K G H"]:
     """Fills in the outputs of the rows from num_decode on.
 
@@ -182,7 +220,7 @@ def _attend_prefill(
         positions = first_position + jnp.arange(tile_len, dtype=jnp.int32)
         # Queries beyond the request's end see what its last one sees, so that they stay finite.
         positions = jnp.minimum(positions, kv_len - 1)
-        starts = _first_visible(positions, config)
+        starts = view.first_visible(positions)
         queries = jax.lax.dynamic_slice_in_dim(q, start, tile_len)
         queries = jnp.transpose(queries, (1, 2, 0, 3))  # [K, G, t, H]
 
@@ -190,7 +228,7 @@ def _attend_prefill(
             k, v = reader.read(reader.pages_of_row(row, index))
             s = index * reader.num_tokens + jnp.arange(reader.num_tokens, dtype=jnp.int32)
             visible = (s[None] <= positions[:, None]) & (s[None] >= starts[:, None])
-            scores = _cap(jnp.einsum("kgth,ksh->kgts", queries, k), config)
+            scores = view.cap(jnp.einsum("kgth,ksh->kgts", queries, k))
             v = jnp.where((s < kv_len)[None, :, None], v, 0.0)
             return softmax.add(
                 scores, visible[None, None], lambda p: jnp.einsum("kgts,ksh->kgth", p, v)
@@ -209,15 +247,3 @@ def _attend_prefill(
 
     out = jax.lax.fori_loop(ragged.num_decode, ragged.num_requests, request, out)
     return out[:num_tokens]
-
-
-def _first_visible(positions: Int[Array, "*q"], config: AttentionConfig) -> Int[Array, "*q"]:
-    if config.window is None:
-        return jnp.zeros_like(positions)
-    return jnp.maximum(positions - config.window + 1, 0)
-
-
-def _cap(scores: Float[Array, "*s"], config: AttentionConfig) -> Float[Array, "*s"]:
-    if config.soft_cap is None:
-        return scores
-    return config.soft_cap * jnp.tanh(scores / config.soft_cap)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pallasite.engine import Completion, Engine, EngineConfig, Request, SamplingParams
-from pallasite.engine.scheduler import Plan
+from pallasite.engine.plan import Plan
 from tests.engine.llama_oracle import LlamaOracle
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 

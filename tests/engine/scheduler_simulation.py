@@ -1,21 +1,22 @@
-"""The scheduler and the committer driven without a device, and the rules checked at every step.
+"""Dispatcher, schedulers and committer driven without a device, the rules checked at every step.
 
-A model of the cache notes which token of which sequence each place of each page holds, so that a
-page given away too early, shared wrongly or forgotten is seen by the one who reads it. As in the
-engine, a step is planned before the one ahead of it is committed.
+A model of the cache notes which token of which sequence each place of each page of each shard
+holds, so that a page given away too early, shared wrongly, sought on another shard or forgotten is
+seen by the one who reads it. As in the engine, a step is planned before the one ahead of it is
+committed.
 """
 
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
+from hypothesis import strategies as st
 
 from pallasite.engine.audit import audit
 from pallasite.engine.commit import Committer
-from pallasite.engine.page_pool import PagePool
-from pallasite.engine.request import FinishReason, KvHandle, Request, SamplingParams
-from pallasite.engine.scheduler import Plan, Scheduler
+from pallasite.engine.dispatcher import Dispatcher
+from pallasite.engine.plan import Part, Plan
+from pallasite.engine.request import Finish, FinishReason, KvHandle, Request, SamplingParams
 from pallasite.engine.sequence import Group, Sequence, State, new_group
 from pallasite.engine.step import RESULT_WIDTH
 from pallasite.engine.stream import TokenStream
@@ -41,15 +42,67 @@ class Job:
     lease: int | None = None
 
 
-class Simulation:
-    """Runs jobs to their end; raises AssertionError where a rule is broken."""
+@st.composite
+def scenes(draw: st.DrawFn, num_shards: int = 1) -> tuple[dict[str, int], list[Job]]:
+    """Jobs that each fit into a shard's pages alone, and the sizes of an engine."""
+    num_pages = draw(st.integers(2, 16))
+    num_slots = draw(st.integers(2, 5) if num_shards == 1 else st.integers(1, 3))
+    budget = draw(st.integers(num_slots + 1, num_slots + 20))
+    capacity = num_pages * PAGE
+    jobs = []
+    for _ in range(draw(st.integers(1, 6 + num_shards))):
+        prompt_len = draw(st.integers(1, min(30, capacity - 1)))
+        max_tokens = draw(st.integers(1, min(10, capacity - prompt_len)))
+        lease = draw(st.none() | st.integers(0, 12))
+        jobs.append(
+            Job(
+                prompt_len=prompt_len,
+                max_tokens=max_tokens,
+                n=1 if lease is not None else draw(st.integers(1, 3)),
+                priority=draw(st.integers(0, 2)),
+                arrives=draw(st.integers(0, 12)),
+                stops_after=draw(st.none() | st.integers(1, 10)),
+                aborts_after=draw(st.none() | st.integers(0, 12)),
+                lease=lease,
+            )
+        )
+    each = {"num_pages": num_pages, "num_slots": num_slots, "max_batch_tokens": budget}
+    sizes = {name: num_shards * size for name, size in each.items()}
+    return sizes | {"num_shards": num_shards}, jobs
 
-    def __init__(self, *, num_pages: int, num_slots: int, max_batch_tokens: int) -> None:
-        self.pool = PagePool(num_pages)
-        self.scheduler = Scheduler(self.pool, PAGE, num_slots, max_batch_tokens)
+
+def events_of(group: Group) -> tuple[dict[int, list[int]], dict[int, Finish]]:
+    """Tokens and finish by index, as the group's reader gets them."""
+    tokens: dict[int, list[int]] = {}
+    finishes: dict[int, Finish] = {}
+    for event in group.stream:
+        assert event.index not in finishes, "nothing follows a finish"
+        tokens.setdefault(event.index, []).extend(event.token_ids)
+        if event.finish is not None:
+            finishes[event.index] = event.finish
+    return tokens, finishes
+
+
+class Simulation:
+    """Runs jobs to their end; raises AssertionError where a rule is broken.
+
+    The sizes are of all shards together, as the engine's are.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        num_slots: int,
+        max_batch_tokens: int,
+        num_shards: int = 1,
+        make: type[Dispatcher] = Dispatcher,
+    ) -> None:
+        self.scheduler = make(num_shards, num_pages, PAGE, num_slots, max_batch_tokens)
         self.committer = Committer(self.scheduler, (EOS,), 10**9)
-        self.num_slots = num_slots
-        self.max_batch_tokens = max_batch_tokens
+        self.num_shards = num_shards
+        self.num_slots = num_slots // num_shards
+        self.max_tokens = max_batch_tokens // num_shards
         self.plans: list[Plan] = []
         self.groups: list[Group] = []
         self.leased: dict[Sequence, int] = {}
@@ -57,9 +110,10 @@ class Simulation:
         self.num_arrived = 0
         self.num_steps = 0
         self._previous: Plan | None = None
-        self._places: dict[tuple[int, int], tuple[int, int, int]] = {}
-        self._last_samples: dict[int, tuple[Sequence, int]] = {}
+        self._places: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        self._last_samples: dict[tuple[int, int], tuple[Sequence, int]] = {}
         self._origins: dict[Sequence, int] = {}
+        self._holders: dict[Sequence, int] = {}
 
     def add(self, job: Job) -> Group:
         """Admits a job's request now."""
@@ -68,7 +122,7 @@ class Simulation:
             params=SamplingParams(max_tokens=job.max_tokens, n=job.n),
             priority=job.priority,
         )
-        holds_much = sum(len(s.pages) for s in self.leased) > self.pool.num_pages // 2
+        holds_much = sum(len(s.pages) for s in self.leased) > self.scheduler.num_pages // 2
         lease_s = None if job.lease is None or holds_much else 1.0
         stream = TokenStream(str(self.num_arrived), job.n)
         group = new_group(request, stream, self.num_arrived, lease_s)
@@ -87,35 +141,72 @@ class Simulation:
         while waiting or self._open():
             while waiting and waiting[0].arrives <= self.num_steps:
                 self.add(waiting.pop(0))
-            self._resume()
-            for sequence in self._open():
-                job = self.jobs[sequence]
-                is_open = sequence.state in (State.WAITING, State.RUNNING)
-                if is_open and job.aborts_after == self.num_steps - job.arrives:
-                    self.abort(sequence)
-            self.step()
+            self.run_one()
             assert self.num_steps <= most_steps, "no end in sight"
+
+    def run_one(self) -> Plan | None:
+        """Resumes and aborts what is due, then steps."""
+        self._resume()
+        for sequence in self._open():
+            job = self.jobs[sequence]
+            is_open = sequence.state in (State.WAITING, State.RUNNING)
+            if is_open and job.aborts_after == self.num_steps - job.arrives:
+                self.abort(sequence)
+        return self.step()
 
     def step(self) -> Plan | None:
         """Plans a step, checks it, and commits the one before it."""
-        running = self._running()
+        running = self.running()
+        resting = self.waiting() if self._idle_shards() else ()
+        places = {s: s.shard for s in resting if _is_at_rest(s.group)}
         num_preemptions = self.scheduler.num_preemptions
         plan = self.scheduler.schedule(0.0)
+        parts = [] if plan is None else plan.parts
         if plan is not None:
             self._check_plan(plan)
             self._compute(plan)
             self.plans.append(plan)
         self._check_preemptions(running, self.scheduler.num_preemptions - num_preemptions)
-        self._check_order(plan)
+        for part in parts:
+            self._check_order(part)
+        self._check_places()
         self._check_pages()
+        self._check_idleness(places)
         previous, self._previous = self._previous, plan
         if previous is not None:
             self._commit(previous)
         self.num_steps += 1
         return plan
 
+    def waiting(self) -> list[Sequence]:
+        return [s for s in self.jobs if s.state is State.WAITING]
+
+    def running(self) -> set[Sequence]:
+        return {s for s in self.jobs if s.state is State.RUNNING}
+
+    def num_cached(self, shard: int) -> int:
+        """The tokens that a shard's sequences have in its pages."""
+        return sum(s.num_computed for s in self._open() if s.shard == shard)
+
     def abort(self, sequence: Sequence) -> None:
         self.committer.end(sequence, sequence.finish(FinishReason.ABORT, 0.0))
+
+    def end_leases(self) -> None:
+        """What the engine does when all have expired."""
+        for sequence in self.leased:
+            self.scheduler.retire(sequence)
+        self.leased.clear()
+
+    def lose_cache(self) -> None:
+        """What the engine does after a step that failed."""
+        self._previous = None
+        for sequence in list(self.scheduler.sequences()):
+            if sequence.state is State.RUNNING or sequence.num_in_flight:
+                self.abort(sequence)
+        self.scheduler.forget_pages()
+        self.end_leases()
+        self._holders.clear()
+        self._places.clear()
 
     def _most_steps(self, jobs: list[Job]) -> int:
         # Each sequence alone, a token a step, twice over for what is preempted and resumed.
@@ -125,9 +216,6 @@ class Simulation:
 
     def _open(self) -> list[Sequence]:
         return [s for s in self.jobs if s.state is not State.FINISHED]
-
-    def _running(self) -> set[Sequence]:
-        return {s for s in self.jobs if s.state is State.RUNNING}
 
     def _resume(self) -> None:
         for sequence, granted in list(self.leased.items()):
@@ -148,18 +236,30 @@ class Simulation:
             self.scheduler.add(sequence)
 
     def _check_plan(self, plan: Plan) -> None:
-        rows = plan.rows
-        assert 0 < len(rows) <= self.num_slots
-        assert plan.num_tokens == sum(row.num_tokens for row in rows) <= self.max_batch_tokens
-        assert [row.num_tokens == 1 for row in rows] == [True] * plan.num_decode + [False] * (
-            len(rows) - plan.num_decode
+        assert len(plan.parts) == self.num_shards
+        assert plan.rows == [row for part in plan.parts for row in part.rows] != []
+        assert plan.num_tokens == sum(row.num_tokens for row in plan.rows)
+        assert len({row.sequence for row in plan.rows}) == len(plan.rows)
+        assert plan.admitted == [s for part in plan.parts for s in part.admitted]
+        assert plan.most_rows == max(len(part.rows) for part in plan.parts)
+        assert plan.most_tokens == max(part.num_tokens for part in plan.parts)
+        assert plan.has_prefill == any(row.num_tokens > 1 for row in plan.rows)
+        for shard, part in enumerate(plan.parts):
+            self._check_part(part, shard)
+
+    def _check_part(self, part: Part, shard: int) -> None:
+        rows = part.rows
+        assert len(rows) <= self.num_slots
+        assert part.num_tokens == sum(row.num_tokens for row in rows) <= self.max_tokens
+        assert [row.num_tokens == 1 for row in rows] == [True] * part.num_decode + [False] * (
+            len(rows) - part.num_decode
         ), "single tokens first"
-        assert len({row.sequence for row in rows}) == len(rows)
         assert len({row.slot for row in rows}) == len(rows)
         for row in rows:
             sequence = row.sequence
             assert row.num_tokens >= 1
             assert sequence.state is State.RUNNING
+            assert sequence.shard == shard
             assert row.slot == sequence.slot
             assert 0 <= row.slot < self.num_slots
             assert sequence.num_computed == row.start + row.num_tokens
@@ -168,25 +268,25 @@ class Simulation:
 
     def _compute(self, plan: Plan) -> None:
         """What the device does: all tokens are written, then all that is visible is read."""
-        written: dict[tuple[int, int], tuple[int, int, int]] = {}
-        for row in plan.rows:
-            sequence, end = row.sequence, row.start + row.num_tokens
-            if row.takes_previous:
-                assert row.num_tokens == 1
-                assert self._last_samples[row.slot] == (sequence, row.start)
-            else:
-                assert len(sequence.token_ids) >= end, "the host knows what it feeds"
-            for position in range(row.start, end):
-                place = sequence.pages[position // PAGE], position % PAGE
-                assert place not in written
-                written[place] = self._key(sequence, position)
+        written: dict[tuple[int, int, int], tuple[int, int, int]] = {}
+        for shard, part in enumerate(plan.parts):
+            for row in part.rows:
+                sequence, end = row.sequence, row.start + row.num_tokens
+                if row.takes_previous:
+                    assert row.num_tokens == 1
+                    assert self._last_samples[shard, row.slot] == (sequence, row.start)
+                else:
+                    assert len(sequence.token_ids) >= end, "the host knows what it feeds"
+                for position in range(row.start, end):
+                    place = shard, sequence.pages[position // PAGE], position % PAGE
+                    assert place not in written
+                    written[place] = self._key(sequence, position)
+                if row.samples:
+                    self._last_samples[shard, row.slot] = (sequence, end)
         self._places |= written
-        for row in plan.rows:
-            if row.samples:
-                self._last_samples[row.slot] = (row.sequence, row.start + row.num_tokens)
         for sequence in self._open():
             for position in range(sequence.num_computed):
-                place = sequence.pages[position // PAGE], position % PAGE
+                place = sequence.shard, sequence.pages[position // PAGE], position % PAGE
                 assert self._places.get(place) == self._key(sequence, position)
 
     def _key(self, sequence: Sequence, position: int) -> tuple[int, int, int]:
@@ -196,34 +296,80 @@ class Simulation:
     def _check_preemptions(self, ran: set[Sequence], count: int) -> None:
         preempted = {s for s in ran if s.state is State.WAITING}
         assert len(preempted) <= count
-        best_preempted = min((s.rank for s in preempted), default=None)
-        for sequence in self._running() & ran:
-            assert best_preempted is None or sequence.rank < best_preempted
+        for shard in range(self.num_shards):
+            best_preempted = min((s.rank for s in preempted if s.shard == shard), default=None)
+            for sequence in self.running() & ran:
+                if sequence.shard == shard:
+                    assert best_preempted is None or sequence.rank < best_preempted
 
-    def _check_order(self, plan: Plan | None) -> None:
+    def _check_order(self, part: Part) -> None:
         """Nobody is admitted before one of better rank, but for siblings that wait for a prompt."""
-        admitted = [] if plan is None else plan.admitted
+        admitted = part.admitted
         assert admitted == sorted(admitted, key=lambda s: s.rank)
-        for sequence in self._open() if admitted else ():
-            if sequence.state is State.WAITING and sequence.rank < admitted[-1].rank:
+        for sequence in self.waiting() if admitted else ():
+            is_here = sequence.shard == admitted[-1].shard
+            if is_here and sequence.rank < admitted[-1].rank:
                 assert any(s.num_computed for s in sequence.group.sequences if s is not sequence)
+
+    def _check_places(self) -> None:
+        """All of a request is on one shard, and what holds pages stays where they are."""
+        for group in self.groups:
+            assert len({s.shard for s in group.sequences if s.state is not State.FINISHED}) <= 1
+        for sequence in self._open():
+            shard = self._holders.get(sequence, sequence.shard)
+            assert sequence.shard == shard
+            assert 0 <= shard < self.num_shards
+        self._holders = {s: s.shard for s in self._open() if s.pages}
 
     def _check_pages(self) -> None:
         owners = self._open()
-        assert audit(self.pool, owners, 0).problems == ()
-        needed = Counter(s.state for s in owners if s.pages)
-        assert State.FINISHED not in needed
-        for sequence in self._running():
+        assert audit(self.scheduler.pools, owners, 0).problems == ()
+        for shard, scheduler in enumerate(self.scheduler._shards):
+            here = [s for s in owners if s.shard == shard]
+            leases = [s for s in here if s.lease_s is not None]
+            num_prompts = sum(len(s.request.prompt_ids) for s in here)
+            assert scheduler.num_tokens == num_prompts + sum(s.num_sampled for s in here)
+            assert scheduler.num_leased_tokens == sum(len(s.request.prompt_ids) for s in leases)
+        for sequence in self.running():
             assert len(sequence.pages) * PAGE < sequence.num_tokens + PAGE, "pages kept for nothing"
 
+    def _check_idleness(self, places: dict[Sequence, int]) -> None:
+        """No shard has nobody while a request waits elsewhere that could start there.
+
+        `places` are the shards of those that had no pages when the step was planned. One that has
+        just moved may have been overtaken by another that has; it moves on with the next step.
+        """
+        stayed = (s for s in self.waiting() if places.get(s) == s.shard)
+        rests = {sequence.group for sequence in stayed if _is_at_rest(sequence.group)}
+        for shard in self._idle_shards():
+            for group in rests:
+                sequence = next(s for s in group.sequences if s.state is State.WAITING)
+                num_pages = -(-sequence.num_tokens // PAGE)
+                may_go = sequence.lease_s is None  # leases are spread evenly, whoever idles
+                assert not may_go or num_pages > self.scheduler.pools[shard].num_free
+
+    def _idle_shards(self) -> set[int]:
+        is_busy = (State.WAITING, State.RUNNING)
+        return set(range(self.num_shards)) - {s.shard for s in self.jobs if s.state in is_busy}
+
     def _commit(self, plan: Plan) -> None:
-        results = np.zeros((len(plan.rows), RESULT_WIDTH), np.int32)
-        for row, words in zip(plan.rows, results, strict=True):
-            stops_after = self.jobs[row.sequence].stops_after
-            place = row.start + row.num_tokens - row.sequence.num_prompt + 1
-            words[0] = EOS if place == stops_after else EOS + 1 + place
+        results = np.zeros((self.num_shards, self.num_slots, RESULT_WIDTH), np.int32)
+        for part, words in zip(plan.parts, results, strict=True):
+            for index, row in enumerate(part.rows):
+                stops_after = self.jobs[row.sequence].stops_after
+                place = row.start + row.num_tokens - row.sequence.num_prompt + 1
+                words[index, 0] = EOS if place == stops_after else EOS + 1 + place
         self.committer.commit(plan, results, None, self._grant)
 
     def _grant(self, sequence: Sequence, lease_s: float) -> KvHandle:
         self.leased[sequence] = self.num_steps
         return KvHandle(handle_id="0" * 32, epoch="e", expires_in_s=lease_s)
+
+
+def _is_at_rest(group: Group) -> bool:
+    """Whether nothing of a request runs, holds pages or is on its way to the host."""
+    return all(
+        s.state is State.FINISHED
+        or (s.state is State.WAITING and not s.pages and not s.num_in_flight)
+        for s in group.sequences
+    )

@@ -15,11 +15,14 @@ from pallasite.engine.planner import (
     pages_that_fit,
 )
 from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.partition import Partition
 from pallasite.pallas_kernels.target import TARGETS
 from tests.engine.harness import MAIN
 from tests.tiny_checkpoints import TINY
 
-PLAN = MemoryPlan(weights=1000, cache=0, sampler=200, temporaries=300, limit=10_000)
+PLAN = MemoryPlan(
+    weights=1000, adapters=0, cache=0, page=8192, sampler=200, temporaries=300, limit=10_000
+)
 
 
 @pytest.mark.parametrize(
@@ -65,28 +68,34 @@ def test_pages_are_those_asked_for_or_a_cpus_default():
 
 def test_pages_fill_what_the_rest_leaves_and_not_a_byte_more():
     spec = CacheSpec(
-        model=TINY, target=TARGETS["cpu"], dtype=jax.numpy.dtype("float32"), num_pages=0
+        partition=Partition(config=TINY), target=TARGETS["cpu"], form="f32", num_pages=0
     )
-    assert spec.page_bytes == 2 * 2 * 2 * 16 * 16 * 4
+    assert spec.page_bytes == PLAN.page == 2 * 2 * 2 * 16 * 16 * 4
     rest = PLAN.weights + PLAN.sampler + PLAN.temporaries
     assert PLAN.total == rest == 1500
     for pages in (1, 10):
         limit = rest + pages * spec.page_bytes
-        assert pages_that_fit(replace(PLAN, limit=limit), spec) == pages
-        assert pages_that_fit(replace(PLAN, limit=limit + spec.page_bytes - 1), spec) == pages
+        assert pages_that_fit(replace(PLAN, limit=limit)) == pages
+        assert pages_that_fit(replace(PLAN, limit=limit + spec.page_bytes - 1)) == pages
     with pytest.raises(ConfigError, match="got no cache size"):
-        pages_that_fit(replace(PLAN, limit=None), spec)
+        pages_that_fit(replace(PLAN, limit=None))
     with pytest.raises(ConfigError, match=r"needs 0.00 GB"):
-        pages_that_fit(replace(PLAN, limit=1499), spec)
+        pages_that_fit(replace(PLAN, limit=1499))
     with pytest.raises(ConfigError):
-        pages_that_fit(replace(PLAN, limit=rest + spec.page_bytes - 1), spec)
+        pages_that_fit(replace(PLAN, limit=rest + spec.page_bytes - 1))
 
 
 def test_a_plan_that_does_not_fit_says_so_with_the_numbers():
     replace(PLAN, limit=1500).check()
     replace(PLAN, limit=None).check()
     large = MemoryPlan(
-        weights=5 * 10**9, cache=2 * 10**9, sampler=10**8, temporaries=3 * 10**8, limit=4 * 10**9
+        weights=5 * 10**9,
+        adapters=0,
+        cache=2 * 10**9,
+        page=10**6,
+        sampler=10**8,
+        temporaries=3 * 10**8,
+        limit=4 * 10**9,
     )
     with pytest.raises(ConfigError) as caught:
         large.check()

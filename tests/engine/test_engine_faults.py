@@ -19,12 +19,12 @@ from tests.engine.harness import (
 from tests.tiny_checkpoints import TINY, write_hf
 
 PLACES = {
-    "planning": ("_pool", "allocate"),
-    "filling the batch": ("_builder", "build"),
-    "choosing a program": ("_runtime", "bucket_for"),
-    "the step": ("_runtime", "run"),
-    "reading the results": ("_committer", "commit"),
-    "giving leases back": ("_leases", "collect"),
+    "planning": (lambda engine: engine._scheduler.pools[0], "allocate"),
+    "filling the batch": (lambda engine: engine._builder, "build"),
+    "choosing a program": (lambda engine: engine._runtime, "bucket_for"),
+    "the step": (lambda engine: engine._runtime, "run"),
+    "reading the results": (lambda engine: engine._committer, "commit"),
+    "giving leases back": (lambda engine: engine._leases, "collect"),
 }
 
 
@@ -35,8 +35,8 @@ def read(stream):
 
 def fail_once(engine, place, monkeypatch):
     """Makes one call at a place raise; returns the event that says it has."""
-    owner, name = PLACES[place]
-    owner = getattr(engine, owner)
+    find_owner, name = PLACES[place]
+    owner = find_owner(engine)
     call = getattr(owner, name)
     has_failed = threading.Event()
 
@@ -179,7 +179,7 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
     whole = tokens(engine.generate(crowd))
     edit, num_failed = engine._runtime.edit, 0
 
-    def fail(slot_edit):
+    def fail(slot_edit, shard):
         nonlocal num_failed
         num_failed += 1
         raise OverflowError("a value that no array holds")

@@ -1,50 +1,17 @@
 """The scheduler without a device: what every plan must obey, and what each rule is for."""
 
 from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from pallasite.engine.request import FinishReason
 from pallasite.engine.sequence import State
-from tests.engine.scheduler_simulation import EOS, PAGE, Job, Simulation
-
-
-def events_of(group):
-    """Tokens and finish by index, as the group's reader gets them."""
-    tokens, finishes = {}, {}
-    for event in group.stream:
-        assert event.index not in finishes, "nothing follows a finish"
-        tokens.setdefault(event.index, []).extend(event.token_ids)
-        if event.finish is not None:
-            finishes[event.index] = event.finish
-    return tokens, finishes
-
-
-@st.composite
-def scenes(draw):
-    """Jobs that each fit into the pool alone, and the sizes of an engine."""
-    num_pages = draw(st.integers(2, 16))
-    num_slots = draw(st.integers(2, 5))
-    budget = draw(st.integers(num_slots + 1, num_slots + 20))
-    capacity = num_pages * PAGE
-    jobs = []
-    for _ in range(draw(st.integers(1, 7))):
-        prompt_len = draw(st.integers(1, min(30, capacity - 1)))
-        max_tokens = draw(st.integers(1, min(10, capacity - prompt_len)))
-        lease = draw(st.none() | st.integers(0, 12))
-        jobs.append(
-            Job(
-                prompt_len=prompt_len,
-                max_tokens=max_tokens,
-                n=1 if lease is not None else draw(st.integers(1, 3)),
-                priority=draw(st.integers(0, 2)),
-                arrives=draw(st.integers(0, 12)),
-                stops_after=draw(st.none() | st.integers(1, 10)),
-                aborts_after=draw(st.none() | st.integers(0, 12)),
-                lease=lease,
-            )
-        )
-    sizes = {"num_pages": num_pages, "num_slots": num_slots, "max_batch_tokens": budget}
-    return sizes, jobs
+from tests.engine.scheduler_simulation import (
+    EOS,
+    PAGE,
+    Job,
+    Simulation,
+    events_of,
+    scenes,
+)
 
 
 @settings(max_examples=120)
@@ -53,7 +20,7 @@ def test_every_sequence_ends_no_page_leaks_and_every_plan_keeps_the_rules(scene)
     sizes, jobs = scene
     simulation = Simulation(**sizes)
     simulation.run(jobs)
-    assert simulation.pool.num_free == sizes["num_pages"]
+    assert simulation.scheduler.num_free_pages == sizes["num_pages"]
     assert simulation.scheduler.num_running == simulation.scheduler.num_waiting == 0
     for group in simulation.groups:
         for sequence in group.sequences:
@@ -84,7 +51,7 @@ def test_long_prompts_come_in_chunks_beside_tokens_that_never_wait_for_them():
     chunks = []
     while long.num_sampled < 1:
         plan = simulation.step()
-        assert plan.num_decode == 2
+        assert plan.parts[0].num_decode == 2
         [chunk] = [row.num_tokens for row in plan.rows if row.sequence is long]
         chunks.append(chunk)
     assert sum(chunks) == 60
@@ -102,7 +69,7 @@ def test_completions_of_one_prompt_share_its_whole_pages():
         assert set(sibling.pages[4:]).isdisjoint(first.pages)
         assert sibling.num_cached == 4 * PAGE
     assert first.num_cached == 0
-    references = simulation.pool.references()
+    references = simulation.scheduler.pools[0].references()
     assert [references[page] for page in first.pages[:4]] == [3] * 4
     prefilled = sum(row.num_tokens for plan in plans for row in plan.rows if row.num_tokens > 1)
     assert prefilled == (4 * PAGE + 2) + 2 * 2, "the whole prompt once, its last two tokens thrice"

@@ -7,15 +7,11 @@ import gguf
 import numpy as np
 import pytest
 
-from pallasite.models.checkpoint_gguf import (
-    GgufCheckpoint,
-    recover_rope_scaling,
-    rope_divisors,
-    separate_halves,
-)
+from pallasite.models.checkpoint_gguf import GgufCheckpoint, separate_halves
 from pallasite.models.config import Llama3Rope
 from pallasite.models.errors import CheckpointError
 from pallasite.models.gguf_file import GgufFile
+from pallasite.models.gguf_rope import recover_rope_scaling, rope_divisors
 from tests.models.gguf_bytes import (
     ARRAY,
     FLOAT32,

@@ -150,7 +150,7 @@ def test_ends_come_from_the_generation_config_first(folder, generation, expected
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, "MistralForCausalLM.*LlamaForCausalLM"),
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel.*LlamaForCausalLM.*Olmo2"),
         ({"architectures": ...}, "architectures"),
         ({"architectures": [[]]}, "a list"),
         ({"attention_bias": True}, "attention_bias"),
@@ -174,8 +174,8 @@ def test_ends_come_from_the_generation_config_first(folder, generation, expected
         ({"rope_theta": float("inf")}, "rope_theta=inf"),
         ({"bos_token_id": [1, 2]}, "bos_token_id"),
         ({"bos_token_id": 320}, "bos_token_id=320.*0 to 319"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "'linear'.*default, llama3"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'"),
+        ({"rope_scaling": {"type": "linear"}}, "no 'factor'"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, "'yarn'.*default, linear, llama3"),
         ({"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "'factor'"),
         ({"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "low_freq_factor"),
         (

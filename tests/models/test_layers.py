@@ -2,13 +2,18 @@
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from pallasite.models.config import Llama3Rope
+from pallasite.models.forms import parse_form
 from pallasite.models.layers import embed, fine_linear, linear, rms_norm, rope, rope_frequencies
+from pallasite.models.weights import Matrix, Source, Weight, compute_dtype
+from tests.models.running import mesh_of
 from tests.tiny_checkpoints import TINY, llama3_divisors
 
 EPS = np.finfo(np.float32).eps
@@ -22,11 +27,14 @@ def bfloat16(values):
 
 
 def held(values, form):
-    """A weight as the loader holds it: f32, bfloat16, or the bits of bfloat16."""
-    if form == "f32":
-        return jnp.asarray(values, jnp.float32)
-    rounded = bfloat16(values)
-    return jnp.asarray(rounded.view(np.uint16) if form == "bits" else rounded)
+    """A matrix as the loader holds it: f32, bfloat16, or the bits of bfloat16."""
+    base = "f32" if form == "f32" else "bf16"
+    values = np.asarray(values, np.float32)
+    array = values if form == "f32" else bfloat16(values)
+    array = array.view(np.uint16) if form == "bits" else array
+    source = Source(name="w", shape=values.shape)
+    parts = {"values": Weight(jnp.asarray(array), axes=("width", "width"))}
+    return Matrix(parts, ("width", "width"), (parse_form(base), compute_dtype(base), source))
 
 
 @pytest.mark.parametrize("form", ["f32", "bf16", "bits"])
@@ -83,7 +91,15 @@ def test_a_fine_product_with_an_f32_weight_is_the_plain_one(rng):
 def test_embed_returns_the_rows_themselves(rng, form):
     table = rng.standard_normal((11, 6)).astype(np.float32)
     ids = np.array([3, 10, 0, 3], np.int32)
-    rows = np.asarray(embed(jnp.asarray(ids), held(table, form)))
+    embedding = held(table, form)
+    lookup = jax.shard_map(
+        lambda ids: embed(ids, embedding),
+        mesh=mesh_of(),
+        in_specs=PartitionSpec(),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    rows = np.asarray(lookup(jnp.asarray(ids)))
     expected = table if form == "f32" else bfloat16(table).astype(np.float32)
     np.testing.assert_array_equal(rows, expected[ids])
 

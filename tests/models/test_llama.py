@@ -9,15 +9,13 @@ import pytest
 
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.config import Llama3Rope, ModelConfig
-from pallasite.models.decoder import forward, unembed
 from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
-from pallasite.models.loader import load_weights
 from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh
-from pallasite.models.weights import compute_dtype, named_weights, num_bytes, placed
+from pallasite.models.weights import declared_weights, named_weights, num_bytes, source_of
 from pallasite.pallas_kernels.paged_attention import Ragged
 from pallasite.pallas_kernels.target import CPU, TARGETS, TPU
+from tests.models.running import Program, load, mesh_of
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
 LLAMA31_8B = ModelConfig(
@@ -82,25 +80,25 @@ def test_what_weights_are_held_as(target):
 
 
 def test_weights_are_declared_with_the_checkpoints_names():
-    weights = dict(named_weights(make_model(TINY, "f32", TPU)))
-    sources = {name: weight.get_metadata("source") for name, weight in weights.items()}
+    weights = dict(declared_weights(make_model(TINY, "f32", TPU)))
+    sources = {name: source_of(weight).name for name, weight in weights.items()}
     layer = "model.layers.{layer}."
     assert sources == {
         "embedding": "model.embed_tokens.weight",
-        "layers.attention_norm": layer + "input_layernorm.weight",
-        "layers.ffn_norm": layer + "post_attention_layernorm.weight",
-        "layers.q": layer + "self_attn.q_proj.weight",
-        "layers.k": layer + "self_attn.k_proj.weight",
-        "layers.v": layer + "self_attn.v_proj.weight",
-        "layers.o": layer + "self_attn.o_proj.weight",
-        "layers.gate": layer + "mlp.gate_proj.weight",
-        "layers.up": layer + "mlp.up_proj.weight",
-        "layers.down": layer + "mlp.down_proj.weight",
-        "final_norm": "model.norm.weight",
+        "layers.attention_norm.scale": layer + "input_layernorm.weight",
+        "layers.ffn_norm.scale": layer + "post_attention_layernorm.weight",
+        "layers.attention.q": layer + "self_attn.q_proj.weight",
+        "layers.attention.k": layer + "self_attn.k_proj.weight",
+        "layers.attention.v": layer + "self_attn.v_proj.weight",
+        "layers.attention.o": layer + "self_attn.o_proj.weight",
+        "layers.ffn.gate": layer + "mlp.gate_proj.weight",
+        "layers.ffn.up": layer + "mlp.up_proj.weight",
+        "layers.ffn.down": layer + "mlp.down_proj.weight",
+        "final_norm.scale": "model.norm.weight",
         "head": "lm_head.weight",
     }
     assert "head" not in dict(
-        named_weights(make_model(replace(TINY, ties_embedding=True), "f32", TPU))
+        declared_weights(make_model(replace(TINY, ties_embedding=True), "f32", TPU))
     )
 
 
@@ -114,28 +112,17 @@ B, T, MAX_LEN = 4, 48, 64
 
 @pytest.fixture(scope="module", params=["f32", "bf16"])
 def model(request, tmp_path_factory):
-    mesh = make_mesh(jax.devices()[:1])
     tensors = random_tensors(TINY)
     # Ten times the spread of a model at its start: attention is peaked.
     tensors = {n: t if t.ndim == 1 else 10 * t for n, t in tensors.items()}
     folder = write_hf(tmp_path_factory.mktemp("model"), TINY, tensors)
-    abstract = placed(make_model(TINY, request.param, CPU), mesh)
-    return load_weights(abstract, open_checkpoint(folder), mesh), request.param
-
-
-@jax.jit
-def step(model, cache, token_ids, ragged):
-    hidden, cache = forward(model, cache, token_ids, ragged)
-    return unembed(model, hidden), cache
-
-
-def empty_cache(form):
+    model = load(open_checkpoint(folder), request.param)
     num_pages = B * MAX_LEN // CPU.page_size
-    spec = CacheSpec(model=TINY, target=CPU, dtype=compute_dtype(form), num_pages=num_pages)
-    return spec.allocate(make_mesh(jax.devices()[:1]))
+    spec = CacheSpec(partition=model.partition, target=CPU, form=request.param, num_pages=num_pages)
+    return Program(model, spec, mesh_of()), request.param
 
 
-def run(model, cache, rows, num_decode=0):
+def run(program, rows, num_decode=0):
     """Runs (token ids, first position, pages) of each row; returns each row's logits."""
     counts = [len(ids) for ids, _, _ in rows]
     ids, positions = np.zeros((2, T), np.int32)
@@ -156,30 +143,30 @@ def run(model, cache, rows, num_decode=0):
         num_requests=jnp.asarray(len(rows), jnp.int32),
         num_decode=jnp.asarray(num_decode, jnp.int32),
     )
-    logits, cache = step(model, cache, jnp.asarray(ids), ragged)
-    return np.split(np.asarray(logits), query_starts[1 : len(rows) + 1])[: len(rows)], cache
+    logits = program.logits(jnp.asarray(ids), ragged)
+    return np.split(logits, query_starts[1 : len(rows) + 1])[: len(rows)]
 
 
 def test_a_request_in_a_batch_has_the_logits_that_it_has_alone(model, rng):
-    weights, form = model
+    program, form = model
     texts = [rng.integers(0, 320, n).astype(np.int32) for n in (21, 33, 17, 9)]
     pages = np.split(rng.permutation(16), 4)
     alone = []
     for ids, own in zip(texts, pages, strict=True):
-        (logits,), _ = run(weights, empty_cache(form), [(ids, 0, own)])
+        (logits,) = run(program, [(ids, 0, own)])
         alone.append(logits)
         assert logits.std() > 0.1
 
     # Two prompts but for their last token; then these two, decoded beside two further prompts.
-    cache = empty_cache(form)
-    _, cache = run(weights, cache, [(texts[0][:-1], 0, pages[0]), (texts[2][:-1], 0, pages[2])])
+    program.reset()
+    run(program, [(texts[0][:-1], 0, pages[0]), (texts[2][:-1], 0, pages[2])])
     rows = [
         (texts[0][-1:], 20, pages[0]),
         (texts[2][-1:], 16, pages[2]),
         (texts[1], 0, pages[1]),
         (texts[3], 0, pages[3]),
     ]
-    logits, _ = run(weights, cache, rows, num_decode=2)
+    logits = run(program, rows, num_decode=2)
     expected = [alone[0][-1:], alone[2][-1:], alone[1], alone[3]]
     for ours, theirs in zip(logits, expected, strict=True):
         scale = np.abs(theirs).max()
@@ -189,11 +176,11 @@ def test_a_request_in_a_batch_has_the_logits_that_it_has_alone(model, rng):
 
 
 def test_a_token_changes_the_logits_at_and_after_it_alone(model, rng):
-    weights, form = model
+    program, _ = model
     ids = rng.integers(0, 320, 40).astype(np.int32)
     changed = ids.copy()
     changed[25] = (changed[25] + 1) % 320
-    (before,), _ = run(weights, empty_cache(form), [(ids, 0, np.arange(3))])
-    (after,), _ = run(weights, empty_cache(form), [(changed, 0, np.arange(3))])
+    (before,) = run(program, [(ids, 0, np.arange(3))])
+    (after,) = run(program, [(changed, 0, np.arange(3))])
     np.testing.assert_array_equal(before[:25], after[:25])
     assert (np.abs(before[25:] - after[25:]).max(axis=1) > 1e-4).all()

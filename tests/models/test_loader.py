@@ -10,11 +10,11 @@ import pytest
 
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import CheckpointError
-from pallasite.models.loader import check_tensors, load_weights
+from pallasite.models.loader import check_tensors
 from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh
-from pallasite.models.weights import named_weights, placed
+from pallasite.models.weights import Matrix, declared_weights, named_weights, source_of
 from pallasite.pallas_kernels.target import CPU, GPU
+from tests.models.running import load
 from tests.tiny_checkpoints import TINY, random_tensors, write_gguf, write_hf
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -32,12 +32,6 @@ class InMemory:
     def read(self, name):
         self.reads.append(name)
         return self._tensors[name]
-
-
-def load(checkpoint, form="f32", target=CPU, **arguments):
-    mesh = make_mesh(jax.devices()[:1])
-    abstract = placed(make_model(checkpoint.config, form, target), mesh)
-    return load_weights(abstract, checkpoint, mesh, **arguments)
 
 
 def renamed(tensors, old, new):
@@ -86,7 +80,7 @@ def refused(tensors, message, config=TINY):
 
 def test_the_check_alone_reads_nothing():
     checkpoint = InMemory(random_tensors(TINY))
-    check_tensors([weight for _, weight in named_weights(make_model(TINY, "f32", CPU))], checkpoint)
+    check_tensors(make_model(TINY, "f32", CPU), checkpoint)
     assert checkpoint.reads == []
 
 
@@ -114,13 +108,12 @@ def test_every_value_lands_in_its_place(form, target):
     tensors = random_tensors(TINY, seed=5)
     model = load(InMemory(tensors), form, target)
     used = set()
-    for path, weight in named_weights(model):
-        source = weight.get_metadata("source")
-        names = [source.format(layer=layer) for layer in range(TINY.num_layers)]
-        names = names if "{layer}" in source else names[:1]
+    for path, weight in declared_weights(model):
+        source = source_of(weight)
+        names = source.names(TINY.num_layers)
         used.update(names)
-        held = np.asarray(weight[...])
-        held = held if "{layer}" in source else held[None]
+        held = np.asarray(weight.values if isinstance(weight, Matrix) else weight)
+        held = held if source.is_stacked else held[None]
         for name, values in zip(names, held, strict=True):
             expected = tensors[name]
             if form == "bf16" and expected.ndim == 2:
@@ -138,7 +131,7 @@ def test_16_bit_files_give_their_own_values(tmp_path, dtype):
     tensors = random_tensors(TINY)
     model = load(open_checkpoint(write_hf(tmp_path / "model", TINY, tensors, dtype=dtype)))
     stored = tensors[GATE].astype({"F16": np.float16, "BF16": ml_dtypes.bfloat16}[dtype])
-    gate = np.asarray(dict(named_weights(model))["layers.gate"][...])[1]
+    gate = np.asarray(dict(named_weights(model))["layers.ffn.gate.values"][...])[1]
     np.testing.assert_array_equal(gate, stored.astype(np.float32))
 
 

@@ -16,6 +16,8 @@ written a row late. Each fails several of them. `test_a_wrong_attention_would_be
 up for the three commonest faults by asking for a difference far above the tolerance.
 """
 
+import re
+
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
@@ -24,7 +26,12 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 
-from pallasite.pallas_kernels.paged_attention import AttentionConfig, Ragged, paged_attention
+from pallasite.pallas_kernels.paged_attention import (
+    AttentionConfig,
+    PagedCache,
+    Ragged,
+    paged_attention,
+)
 from tests.pallas_kernels import attention_oracle as oracle
 
 B = 5
@@ -43,7 +50,9 @@ class Setting:
     def __init__(self, T, K, G, H, page, dtype, window=None, soft_cap=None):
         self.T, self.K, self.N, self.H, self.page = T, K, K * G, H, page
         self.dtype = dtype
-        self.config = AttentionConfig(scale=H**-0.5, window=window, soft_cap=soft_cap)
+        # The layers' windows differ, so that the wrong layer's would show.
+        windows = () if window is None else (window, 2 * window)
+        self.config = AttentionConfig(scale=H**-0.5, windows=windows, soft_cap=soft_cap)
         self.num_columns = MAX_LEN // page
         self.num_pages = B * self.num_columns + 3
         self.name = f"T{T}-K{K}-G{G}-H{H}-page{page}-{dtype}-{window}-{soft_cap}"
@@ -127,19 +136,19 @@ class Case:
         out, cache = jitted(
             jnp.asarray(q),
             jnp.asarray(kv_new),
-            jnp.asarray(before),
+            PagedCache(values=jnp.asarray(before)),
             jnp.asarray(self.layer, jnp.int32),
             ragged,
             setting.config,
         )
-        return np.asarray(out), np.asarray(cache), after
+        return np.asarray(out), np.asarray(cache.values), after
 
     def expected(self, **changes):
         """Returns f64 [t, N, H] of all requests in turn."""
         config = self.setting.config
         arguments = {
             "scale": config.scale,
-            "window": config.window,
+            "window": config.windows[self.layer] if config.windows else None,
             "soft_cap": config.soft_cap,
             **changes,
         }
@@ -242,9 +251,8 @@ def test_chunks_of_a_prompt_give_what_one_pass_gives():
     sequence = whole.sequences[0]
     pages = np.full((B, setting.num_columns), setting.num_pages, np.int32)
     pages[0, : len(sequence.pages)] = sequence.pages
-    cache = jnp.asarray(
-        oracle.poisoned_cache((L, setting.num_pages, 1, 2, setting.page, 16), setting.dtype)
-    )
+    shape = (L, setting.num_pages, 1, 2, setting.page, 16)
+    cache = PagedCache(values=jnp.asarray(oracle.poisoned_cache(shape, setting.dtype)))
     outs = []
     start = 0
     for num_new in (1, 47, 63, 39):
@@ -270,7 +278,7 @@ def test_chunks_of_a_prompt_give_what_one_pass_gives():
         start = span.stop
     np.testing.assert_allclose(np.concatenate(outs), whole.expected(), rtol=0, atol=whole.tolerance)
     _, in_one_pass, _ = whole.call()
-    np.testing.assert_array_equal(oracle.bits(np.asarray(cache)), oracle.bits(in_one_pass))
+    np.testing.assert_array_equal(oracle.bits(np.asarray(cache.values)), oracle.bits(in_one_pass))
 
 
 def test_a_wrong_attention_would_be_seen():
@@ -283,7 +291,7 @@ def test_a_wrong_attention_would_be_seen():
     wrong = {
         "sees the next": case.expected(future=1),
         "misses itself": case.expected(future=-1),
-        "window one wider": case.expected(window=38),
+        "window one wider": case.expected(window=2 * 37 + 1),
         "no scale": case.expected(scale=1.0),
     }
     case.sequences = [
@@ -295,10 +303,8 @@ def test_a_wrong_attention_would_be_seen():
         assert np.abs(values - right).max() > 1000 * case.tolerance, fault
 
 
-def test_heads_must_match():
-    setting = MIXED[0]
-    case = Case(setting, [(1, 1)], 1)
-    ragged = Ragged(
+def one_token():
+    return Ragged(
         positions=jnp.zeros(1, jnp.int32),
         kv_lens=jnp.ones(1, jnp.int32),
         query_starts=jnp.asarray([0, 1], jnp.int32),
@@ -306,8 +312,14 @@ def test_heads_must_match():
         num_requests=jnp.asarray(1, jnp.int32),
         num_decode=jnp.asarray(1, jnp.int32),
     )
+
+
+def test_heads_must_match():
+    setting = MIXED[0]
+    case = Case(setting, [(1, 1)], 1)
+    ragged = one_token()
     layer = jnp.asarray(0, jnp.int32)
-    cache = jnp.zeros((1, 1, 2, 2, 16, 16))
+    cache = PagedCache(values=jnp.zeros((1, 1, 2, 2, 16, 16)))
     with pytest.raises(ValueError, match="3 query heads over 2 key heads"):
         paged_attention(
             jnp.zeros((1, 3, 16)), jnp.zeros((1, 2, 2, 16)), cache, layer, ragged,
@@ -321,8 +333,24 @@ def test_heads_must_match():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("window", 0), ("window", -3), ("soft_cap", 0.0), ("soft_cap", -1.0)]
+    ("field", "value"),
+    [("windows", (0,)), ("windows", (None, -3)), ("soft_cap", 0.0), ("soft_cap", -1.0)],
 )
 def test_a_config_without_meaning_is_refused(field, value):
-    with pytest.raises(ValueError, match=f"got {field}={value}; it must be"):
+    with pytest.raises(
+        ValueError, match=rf"got {field}={re.escape(str(value))}; (it|each) must be"
+    ):
         AttentionConfig(scale=1.0, **{field: value})
+
+
+def test_a_window_for_each_layer():
+    config = AttentionConfig(scale=1.0, windows=(3,))
+    with pytest.raises(ValueError, match="1 windows for 2 layers"):
+        paged_attention(
+            jnp.zeros((1, 1, 16)),
+            jnp.zeros((1, 1, 2, 16)),
+            PagedCache(values=jnp.zeros((L, 1, 1, 2, 16, 16))),
+            jnp.asarray(0, jnp.int32),
+            one_token(),
+            config,
+        )

@@ -8,15 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallasite.models.checkpoint import open_checkpoint
-from pallasite.models.decoder import Decoder, forward, unembed
-from pallasite.models.forms import BaseForm
-from pallasite.models.kv_cache import CacheSpec
-from pallasite.models.loader import load_weights
-from pallasite.models.registry import make_model
-from pallasite.models.sharding import make_mesh
-from pallasite.models.weights import compute_dtype, placed
+from pallasite.models.forms import BaseForm, Rule
+from pallasite.models.kv_cache import CacheForm, CacheSpec
+from pallasite.models.sharding import MeshShape, make_mesh
 from pallasite.pallas_kernels.paged_attention import Ragged
 from pallasite.pallas_kernels.target import CPU
+from tests.models.running import Program, load
 
 NUM_ROWS = 2
 """B of every program: the text's row and one of padding."""
@@ -27,24 +24,32 @@ MAX_LEN = 256
 class Forward:
     """A loaded model, its cache and two programs: a decode step, and `size` tokens of prefill."""
 
-    def __init__(self, path: Path, form: BaseForm, size: int) -> None:
+    def __init__(
+        self,
+        path: Path,
+        form: BaseForm,
+        size: int,
+        *,
+        cache: CacheForm | None = None,
+        mesh: MeshShape | None = None,
+        rules: tuple[Rule, ...] = (),
+    ) -> None:
         self._size = size
         checkpoint = open_checkpoint(path)
-        mesh = make_mesh(jax.devices("cpu")[:1])
+        devices = make_mesh(mesh or MeshShape(), jax.devices("cpu"))
+        model = load(checkpoint, form, mesh=devices, rules=rules)
         self.config = checkpoint.config
-        self._model = load_weights(
-            placed(make_model(self.config, form, CPU), mesh), checkpoint, mesh
-        )
         num_columns = MAX_LEN // CPU.page_size
+        num_pages = NUM_ROWS * num_columns
         spec = CacheSpec(
-            model=self.config,
+            partition=model.partition,
             target=CPU,
-            dtype=compute_dtype(form),
-            num_pages=NUM_ROWS * num_columns,
+            form=cache or form,
+            num_pages=num_pages * devices.shape["data"],
         )
-        self._cache = spec.allocate(mesh)
+        self._program = Program(model, spec, devices)
         # The text's pages lie anywhere but in order.
-        pages = np.random.default_rng(0).permutation(spec.num_pages).astype(np.int32)
+        pages = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
         self._page_table = jnp.asarray(pages.reshape(NUM_ROWS, num_columns))
 
     def logits(self, token_ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
@@ -67,16 +72,5 @@ class Forward:
                 num_requests=jnp.asarray(1, jnp.int32),
                 num_decode=jnp.asarray(int(count == 1), jnp.int32),
             )
-            logits, self._cache = _step(self._model, self._cache, jnp.asarray(ids), ragged)
-            parts.append(np.asarray(logits)[:count])
+            parts.append(self._program.logits(jnp.asarray(ids), ragged)[:count])
         return np.concatenate(parts)
-
-
-def _run(
-    model: Decoder, cache: jax.Array, token_ids: jax.Array, ragged: Ragged
-) -> tuple[jax.Array, jax.Array]:
-    hidden, cache = forward(model, cache, token_ids, ragged)
-    return unembed(model, hidden), cache
-
-
-_step = jax.jit(_run, donate_argnums=1)

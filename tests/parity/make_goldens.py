@@ -1,4 +1,4 @@
-"""Makes the goldens: logits of transformers' Llama on torch, in f32, by code that is not ours.
+"""Makes the goldens: logits of transformers on torch, in f32, by code that is not ours.
 
     python -m tests.parity.make_goldens MODEL OUTPUT
 
@@ -18,6 +18,7 @@ import transformers
 
 from pallasite.models.config import ModelConfig
 from pallasite.models.pull import locate
+from tests.parity import make_family_goldens
 from tests.parity.texts import SHORT, SHORT_LEN, TEXTS
 from tests.parity.tiny_models import TINY_MODELS, checksum
 
@@ -57,6 +58,7 @@ def main(model: str, output: Path) -> None:
             checksum=np.array(checksum(tensors)),
         )
         print(f"tiny model {name}: logits {logits.shape}, std {logits.std():.2f}")
+    make_family_goldens.main()
     make_smollm2(locate(model), output)
 
 

@@ -21,6 +21,7 @@ _SET_ELSEWHERE = {
     ServerConfig: {
         "model": "MODEL",
         "engine": "--max-requests",
+        "adapters": "--load-adapter",
         "reflection": "--reflection",
         "tls": "--tls-certificate",
         "api_keys": "--api-keys",
@@ -51,7 +52,9 @@ def test_every_field_of_a_config_can_be_set(config, flags, capsys):
         assert name in text
 
 
-@pytest.mark.parametrize("command", ["serve", "demo", "generate", "chat", "score", "info"])
+@pytest.mark.parametrize(
+    "command", ["serve", "demo", "generate", "chat", "score", "evaluate", "info"]
+)
 def test_help_shows_every_default(command, capsys):
     """Each flag's text says `(default: ...)`, `(off)` or `(required)`."""
     parser = build_parser()._subparsers._group_actions[0].choices[command]
@@ -71,9 +74,8 @@ def test_shown_defaults_are_the_ones_that_run(capsys):
         for flag in flags:
             value = defaults[flag.field]
             shown = flag.unset if value is None else "''" if value == "" else value
-            row = re.search(
-                rf"{flag_name(config, flag)} [A-Z|a-z0-9]+ (?P<help>.*?\(default.*?\))", text
-            )
+            shown = "none" if value == () else shown
+            row = re.search(rf"{flag_name(config, flag)} \S+ (?P<help>.*?\(default.*?\))", text)
             assert row is not None, flag.field
             assert row["help"].replace("- ", "-").endswith(f"(default: {shown})")
 
@@ -180,5 +182,6 @@ def test_a_changed_default_shows_in_help():
     """The table holds no default of its own that could fall behind."""
     changed = dataclasses.make_dataclass("Changed", [("max_requests", int, 77)])
     parser = build_parser()
-    add_flags(parser, "changed", changed, ENGINE_FLAGS[1:2])
+    rows = [flag for flag in ENGINE_FLAGS if flag.field == "max_requests"]
+    add_flags(parser, "changed", changed, rows)
     assert "(default: 77)" in parser.format_help()

@@ -1,0 +1,41 @@
+"""The gated feed-forward that most families have (Shazeer 2020)."""
+
+import jax
+from flax import nnx
+from jaxtyping import Array, Float
+
+from pallasite.models.config import ModelConfig
+from pallasite.models.decoder import Place
+from pallasite.models.weights import Declare
+
+
+class GatedFeedForward(nnx.Module):
+    """down(activation(gate(h)) * up(h)).
+
+    A family that packs gate and up overrides `declare_inputs`.
+    """
+
+    prefix = "model.layers.{layer}.mlp."
+
+    def __init__(self, config: ModelConfig, declare: Declare) -> None:
+        L, D, F = config.num_layers, config.model_width, config.ffn_width
+        self.declare_inputs(config, declare)
+        ffn_out = ("layers", "width", "ffn")
+        self.down = declare.matrix((L, D, F), ffn_out, self.prefix + "down_proj.weight")
+
+    def declare_inputs(self, config: ModelConfig, declare: Declare) -> None:
+        """Declares gate and up."""
+        shape = (config.num_layers, config.ffn_width, config.model_width)
+        ffn_in = ("layers", "ffn", "width")
+        self.gate = declare.matrix(shape, ffn_in, self.prefix + "gate_proj.weight")
+        self.up = declare.matrix(shape, ffn_in, self.prefix + "up_proj.weight")
+
+    def activation(self, x: Float[Array, "T F"]) -> Float[Array, "T F"]:
+        """What the gate goes through."""
+        return jax.nn.silu(x)
+
+    def __call__(self, h: Float[Array, "T D"], at: Place) -> Float[Array, "T D"]:
+        """Returns what the feed-forward adds to the residual stream."""
+        with jax.named_scope("ffn"):
+            gated = self.activation(at.linear(h, self.gate)) * at.linear(h, self.up)
+            return at.linear(gated, self.down)

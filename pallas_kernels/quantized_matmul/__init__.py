@@ -1,0 +1,25 @@
+"""Products with int8, 4-bit and fp8 matrices: the op that models call and its choice of body."""
+
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallasite.pallas_kernels.quantized_matmul import reference
+from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
+from pallasite.pallas_kernels.quantized_matmul.reference import dequantize
+
+__all__ = ["QuantizedMatrix", "dequantize", "quantized_matmul"]
+
+
+def quantized_matmul(
+    x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
+) -> Float[Array, "T out"]:
+    """Multiplies x by the transpose of a quantized matrix; sums are f32, or int32 and then f32.
+
+    `dtype` is what x and the values are rounded to, f32 or bfloat16, unless the matrix has its
+    inputs rounded to int8.
+    """
+    if x.shape[1] != matrix.num_inputs:
+        raise ValueError(f"got {x.shape[1]} inputs for a matrix of {matrix.num_inputs}")
+    if matrix.num_inputs % matrix.num_groups:
+        raise ValueError(f"got {matrix.num_groups} groups of {matrix.num_inputs} inputs; not whole")
+    return reference.quantized_matmul(x, matrix, dtype)

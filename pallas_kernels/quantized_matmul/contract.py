@@ -1,0 +1,44 @@
+"""The types of the quantized matmul op, shared by the op and its bodies."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class QuantizedMatrix:
+    """A matrix `[out, in]`, each row of which is cut into groups with a scale each.
+
+    The fields are typed Any since the same tree also holds abstract shapes and placements.
+
+    Attributes:
+        values: int8 or float8_e4m3fn `[out, in]`; or uint8 `[out, in / 2]`, two 4-bit values in a
+            byte: those of a group's first half in the low bits, those of its second half in the
+            high ones.
+        scales: f32 `[out, groups]`; one group is the whole row.
+        minimums: for 4-bit values, f32 `[out, groups]`: a value v stands for v * scale + minimum.
+            Float, so that what was rounded so before (GGUF's Q4_1, AWQ, GPTQ) is held exactly. None
+            for others, where v stands for v * scale.
+        quantizes_inputs: whether what it is multiplied with is rounded to int8 too, each token's
+            part of a group with a scale of its own.
+    """
+
+    values: Any
+    scales: Any
+    minimums: Any = None
+    quantizes_inputs: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def is_packed(self) -> bool:
+        return self.values.dtype == jnp.uint8
+
+    @property
+    def num_inputs(self) -> int:
+        return self.values.shape[1] * (2 if self.is_packed else 1)
+
+    @property
+    def num_groups(self) -> int:
+        return self.scales.shape[1]

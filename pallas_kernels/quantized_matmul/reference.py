@@ -1,0 +1,64 @@
+"""Products with quantized matrices in jnp: the definition, and the body without a kernel."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+from jaxtyping import Array, Float
+
+from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
+from pallasite.pallas_kernels.storage import quantize_rows
+
+
+def quantized_matmul(
+    x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
+) -> Float[Array, "T out"]:
+    """See the op in the package."""
+    if matrix.quantizes_inputs:
+        return _multiply_integers(x, matrix)
+    if matrix.num_groups == 1 and not matrix.is_packed:
+        # A whole row's scale is left to the sum: the values are exact in bfloat16, products not.
+        return _dot(x, matrix.values, dtype) * matrix.scales[None, :, 0]
+    return _dot(x, dequantize(matrix), dtype)
+
+
+def dequantize(matrix: QuantizedMatrix) -> Float[Array, "out in"]:
+    """Returns the values that a matrix stands for, in f32."""
+    num_rows, num_groups = matrix.scales.shape
+    if matrix.is_packed:
+        pairs = matrix.values.reshape(num_rows, num_groups, -1)
+        values = jnp.concatenate((pairs & 15, pairs >> 4), axis=-1)
+    else:
+        values = matrix.values.reshape(num_rows, num_groups, -1)
+    scaled = values.astype(jnp.float32) * matrix.scales[..., None]
+    if matrix.minimums is not None:
+        scaled = scaled + matrix.minimums[..., None]
+    return scaled.reshape(num_rows, -1)
+
+
+def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Float[Array, "T out"]:
+    num_tokens, num_groups = x.shape[0], matrix.num_groups
+    rows, x_scales = quantize_rows(x.reshape(num_tokens, num_groups, -1))
+    values = matrix.values.reshape(matrix.values.shape[0], num_groups, -1)
+    if num_groups == 1:
+        sums = jax.lax.dot_general(
+            rows[:, 0],
+            values[:, 0],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.int32,
+        ).astype(jnp.float32)
+        return sums * x_scales * matrix.scales[None, :, 0]
+    sums = jax.lax.dot_general(
+        rows, values, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32
+    ).astype(jnp.float32)  # [groups, T, out]
+    scaled = sums * x_scales.T[:, :, None] * matrix.scales.T[:, None, :]
+    return jnp.sum(scaled, axis=0)
+
+
+def _dot(x: Float[Array, "T in"], weight: jax.Array, dtype: DTypeLike) -> Float[Array, "T out"]:
+    return jax.lax.dot_general(
+        x.astype(dtype),
+        weight.astype(dtype),
+        (((1,), (1,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )

@@ -1,0 +1,162 @@
+"""LoRA adapters in the one program: each row has its own, and the tokens are a merged model's."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pallasite.engine import ConfigError, ErrorCode, RequestError
+from pallasite.models.sharding import MeshShape
+from tests.engine.harness import MAIN, greedy, lively_tensors, random_prompt, tokens
+from tests.peft_adapters import Peft
+from tests.tiny_checkpoints import TINY, write_hf
+
+ROOMY = replace(MAIN, max_adapters=3, max_adapter_rank=8)
+
+ADAPTERS = {
+    "all": Peft(tensors=lively_tensors(), rank=4, seed=1),
+    "attention": Peft(tensors=lively_tensors(), rank=8, targets=("q_proj", "v_proj"), seed=2),
+    "down": Peft(
+        tensors=lively_tensors(),
+        rank=2,
+        targets=("down_proj", "o_proj"),
+        seed=3,
+        settings={"use_rslora": True},
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: peft.write(folder / name) for name, peft in ADAPTERS.items()}
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    rng = np.random.default_rng(7)
+    return [random_prompt(rng, n) for n in (5, 40, 90, 17)]
+
+
+@pytest.fixture(scope="module")
+def expected(engines, prompts, tmp_path_factory):
+    """The answers of models with each adapter merged into the weights, and of the base."""
+    answers = {}
+    for name in ("", *ADAPTERS):
+        tensors = ADAPTERS[name].merged() if name else lively_tensors()
+        folder = write_hf(tmp_path_factory.mktemp("merged") / "m", TINY, tensors)
+        with engines.fresh(MAIN, folder) as engine:
+            answers[name] = tokens(engine.generate([ask(p) for p in prompts]))
+    assert len({tuple(map(tuple, answer)) for answer in answers.values()}) == len(answers)
+    return answers
+
+
+def ask(prompt, adapter="", **params):
+    return replace(greedy(prompt, max_tokens=16, ignore_eos=True, **params), adapter=adapter)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(model=4)], ids=str)
+def test_many_adapters_in_one_batch_give_the_merged_models_tokens(
+    engines, folders, prompts, expected, mesh
+):
+    with engines.fresh(replace(ROOMY, mesh=mesh)) as engine:
+        before = tokens(engine.generate([ask(p) for p in prompts]))
+        for name, folder in folders.items():
+            engine.load_adapter(name, folder)
+        assert engine.adapter_names() == list(folders)
+        pairs = [(prompt, name) for prompt in prompts for name in ("", *folders)]
+        answers = tokens(engine.generate([ask(*pair) for pair in pairs]))
+        for name in expected:
+            own = [a for a, pair in zip(answers, pairs, strict=True) if pair[1] == name]
+            assert own == expected[name], name
+        assert before == expected[""]
+        assert engine.metrics.compilations == 0
+        assert engine.metrics.misses == 0
+
+
+def test_adapters_come_and_go_while_serving(engines, folders, prompts, expected):
+    with engines.fresh(replace(ROOMY, max_adapters=1)) as engine:
+        for name in (*folders, *folders):
+            engine.load_adapter(name, folders[name])
+            assert tokens(engine.generate([ask(p, name) for p in prompts])) == expected[name]
+            engine.unload_adapter(name)
+            with pytest.raises(RequestError, match="not loaded; loaded are: none") as caught:
+                engine.submit(ask(prompts[0], name))
+            assert (caught.value.code, caught.value.field) == (ErrorCode.NOT_FOUND, "adapter")
+            assert tokens(engine.generate([ask(p) for p in prompts])) == expected[""]
+        assert engine.metrics.compilations == 0
+
+
+def test_a_slot_in_use_is_not_given_away(engines, folders, prompts, expected):
+    with engines.fresh(replace(ROOMY, max_adapters=1)) as engine:
+        engine.load_adapter("all", folders["all"])
+        stream = engine.prefill(ask(prompts[1], "all"), 60.0)
+        [event] = list(stream)
+        assert event.token_ids == expected["all"][1][:1]
+        engine.unload_adapter("all")
+        with pytest.raises(RequestError, match="all 1 slots are in use") as caught:
+            engine.load_adapter("down", folders["down"])
+        assert caught.value.code is ErrorCode.RESOURCE_EXHAUSTED
+        handle = stream.handle
+        events = list(engine.decode(handle.handle_id, handle.epoch, "", None))
+        assert sum((e.token_ids for e in events), ()) == expected["all"][1][1:]
+        engine.load_adapter("down", folders["down"])
+        assert tokens(engine.generate([ask(prompts[0], "down")])) == expected["down"][:1]
+
+
+def test_seeds_and_siblings_go_with_adapters(engines, folders, prompts):
+    with engines.fresh(ROOMY) as engine:
+        engine.load_adapter("all", folders["all"])
+        request = ask(prompts[2], "all")
+        request = replace(request, params=replace(request.params, temperature=0.9, n=3, seed=11))
+        alone = tokens(engine.generate([request]))
+        crowd = [ask(p) for p in prompts]
+        assert tokens(engine.generate([*crowd, request, *crowd]))[4:7] == alone
+        assert len(set(alone)) == 3
+
+
+@pytest.mark.parametrize(
+    ("peft", "message"),
+    [
+        ({"rank": 9}, "adapter of rank 9; at most 8 is allowed"),
+        ({"settings": {"r": 5}}, "r=5 this model needs"),
+        ({"settings": {"peft_type": "LOHA"}}, "peft_type='LOHA'.*only 'LORA'"),
+        ({"settings": {"use_dora": True}}, "use_dora=True"),
+        ({"settings": {"bias": "all"}}, "bias='all'"),
+        ({"settings": {"modules_to_save": ["lm_head"]}}, "modules_to_save"),
+        (
+            {"tensors": {"model.layers.0.self_attn.q_proj.weight": np.ones((32, 64))}},
+            "another base",
+        ),
+        (
+            {"tensors": {"model.layers.9.self_attn.q_proj.weight": np.ones((64, 64))}},
+            "of its 2 layers",
+        ),
+        (
+            {"targets": ("w1",), "tensors": {"model.layers.0.mlp.w1.weight": np.ones((64, 64))}},
+            "may change k_proj, o_proj, q_proj, v_proj, down_proj, gate_proj, up_proj",
+        ),
+        ({"targets": ()}, "without tensors"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused(
+    engines, prompts, expected, tmp_path, peft, message
+):
+    folder = Peft(**{"tensors": lively_tensors(), **peft}).write(tmp_path)
+    engine = engines.get(ROOMY)
+    with pytest.raises(ConfigError, match=message):
+        engine.load_adapter("odd", folder)
+    assert engine.adapter_names() == []
+    assert tokens(engine.generate([ask(prompts[0])])) == expected[""][:1]
+
+
+def test_a_name_is_one_adapters_and_an_engine_without_room_says_so(engines, folders):
+    with engines.fresh(ROOMY) as engine:
+        engine.load_adapter("all", folders["all"])
+        for name, message in (("all", "is loaded"), ("", "1 to 128"), ("a\n", "1 to 128")):
+            with pytest.raises(RequestError, match=message):
+                engine.load_adapter(name, folders["down"])
+        with pytest.raises(RequestError, match="'b', which is not loaded; loaded are: all"):
+            engine.unload_adapter("b")
+    with pytest.raises(ConfigError, match="--max-adapters"):
+        engines.get(MAIN).load_adapter("all", folders["all"])
