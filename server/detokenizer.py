@@ -32,7 +32,8 @@ class TextDelta:
 class Detokenizer:
     """One completion's text.
 
-    The joined deltas equal `tokenizer.decode` of all ids, cut at the stop string that is complete
+    The joined deltas equal `tokenizer.decode` of all ids, with the space that it takes from the
+    front of a text where this one goes on with another; cut at the stop string that is complete
     first (reading character by character; the longest of those that end there), before it or,
     with `includes_stop`, behind it. Half a character is never emitted, and neither is text that
     may be the beginning of a stop string: both wait for what follows, or for `finish`.
@@ -42,7 +43,13 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop: tuple[str, ...], includes_stop: bool, skips_special: bool
+        self,
+        tokenizer: Tokenizer,
+        stop: tuple[str, ...],
+        includes_stop: bool,
+        skips_special: bool,
+        *,
+        continues_text: bool = False,
     ) -> None:
         """Raises RequestError naming `stop` for an empty stop string or one with no UTF-8 form."""
         self._tokenizer = tokenizer
@@ -50,7 +57,7 @@ class Detokenizer:
         self._includes_stop = includes_stop
         self._matcher = _StopMatcher(stop)
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._strips_space = tokenizer.strips_leading_space
+        self._strips_space = tokenizer.strips_leading_space and not continues_text
         self._is_done = False
 
     def push(self, ids: Sequence[int]) -> TextDelta:

@@ -206,12 +206,15 @@ class TextEngine:
         )
 
     def _completion(self, request: TextRequest) -> Completion:
+        prompt = request.prompt
         return Completion(
             Detokenizer(
                 self.encoder.tokenizer,
                 request.stop,
                 request.params.include_stop,
                 request.skips_special,
+                # An answer is a text of its own, and so is what follows nothing.
+                continues_text=prompt.messages is None and prompt.text != "",
             ),
             self._textless_ids,
         )

@@ -78,7 +78,8 @@ class PromptEncoder:
         return frozenset(filter(is_textless, range(vocab_size)))
 
     def bad_word_ids(self, words: tuple[str, ...], max_words: int) -> tuple[tuple[int, ...], ...]:
-        """The token sequences of words that may not be completed: each alone and after a space."""
+        """The token sequences of words that may not be completed: each within a text, with no space
+        in front and with one."""
         if len(words) > max_words:
             raise RequestError(
                 f"got {len(words)} bad words; allowed are {max_words}; leave some out",
@@ -93,9 +94,7 @@ class PromptEncoder:
                     field="sampling.bad_words",
                 )
             for form in (word, " " + word):
-                ids = self.tokenizer.encode(
-                    form, adds_special_tokens=False, field="sampling.bad_words"
-                )
+                ids = self.tokenizer.encode_inside(form, field="sampling.bad_words")
                 sequences[tuple(ids)] = None
         return tuple(sequences)
 

@@ -90,6 +90,14 @@ class Tokenizer:
             return ids
         return [*self._parts.prefix_ids, *ids, *self._parts.suffix_ids]
 
+    def encode_inside(self, text: str, *, field: str) -> list[int]:
+        """Encodes text as it stands within another, with no space in front but its own.
+
+        Raises RequestError as `encode` does.
+        """
+        self._check(text, field)
+        return self._encode_plain(text, self._inner_encoder, field)
+
     def encode_pieces(self, pieces: Sequence[str | int]) -> list[int]:
         """Encodes what `split_special` returned: ids stay, text is plain text.
 
@@ -104,6 +112,8 @@ class Tokenizer:
                 ids += self._encode_first(piece, "messages")
             else:
                 self._check(piece, "messages")
+                if self._parts.reopens_with_space and not piece.startswith(" "):
+                    piece = " " + piece
                 ids += self._encode_plain(piece, self._continuing_encoder, "messages")
         return ids
 

@@ -56,7 +56,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         types[token_id] == PieceType.CONTROL or token_id == bos or token_id in ends
         for token_id in range(len(texts))
     ]
-    adds_space, opens_with_space = False, False
+    adds_space = False
     if kind == "gpt2":
         encoder, adds_bos = _build_byte_level(metadata, texts)
         encoder.add_tokens(
@@ -68,11 +68,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         )
     else:
         adds_space = _read(metadata, "add_space_prefix", bool, True)
-        opens_with_space = adds_space and _writes_own_spaces(texts, is_special)
-        encoder = build_encoder(
-            _read_pieces(metadata, texts, types),
-            puts_space_in_front=adds_space and not opens_with_space,
-        )
+        encoder = build_encoder(_read_pieces(metadata, texts, types), puts_space_in_front=False)
         adds_bos = True
 
     is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
@@ -92,7 +88,10 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
     chat_template = metadata.get("tokenizer.chat_template")
     return TokenizerParts(
         encoder=encoder,
-        opens_with_space=opens_with_space,
+        # Every text was encoded for itself when the models learned; templates put those texts into
+        # one, some with the space that this had put in front and some without.
+        opens_with_space=adds_space,
+        reopens_with_space=adds_space,
         special_tokens=special_tokens,
         is_byte_level=kind == "gpt2",
         strips_leading_space=adds_space,
@@ -141,17 +140,6 @@ def _read_pieces(metadata: Mapping[str, object], texts: list[str], types: list[i
         types=types,
         scores=scores,
         unknown_id=_read_id(metadata, "unknown", len(texts)),
-    )
-
-
-def _writes_own_spaces(texts: list[str], is_special: list[bool]) -> bool:
-    """Whether text behind a special token gets no space in front that it does not have.
-
-    It does in the tokenizers of Llama 2, Mistral's first and Phi 3. It does not since Mistral's
-    second, the first in which [INST] is a token: its templates write that space themselves.
-    """
-    return any(
-        text == "[INST]" and special for text, special in zip(texts, is_special, strict=True)
     )
 
 

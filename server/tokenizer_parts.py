@@ -21,8 +21,9 @@ class TokenizerParts:
 
     Attributes:
         encoder: the library's tokenizer, special tokens added, without truncation or padding.
-        opens_with_space: whether a text is encoded with a space in front that is not its own, and
-            text behind a special token without: a space for the caller to put there.
+        opens_with_space: whether text that nothing comes before is encoded with a space in front
+            that is not its own, which the encoder leaves to its caller.
+        reopens_with_space: whether so is text behind a special token, unless it begins with one.
         special_tokens: id to the special (control) token of that id.
         is_byte_level: whether a token's text stands for bytes, one character each (GPT-2); else
             it is a SentencePiece piece, with U+2581 for a space and `<0x0A>` for a byte.
@@ -37,6 +38,7 @@ class TokenizerParts:
 
     encoder: tokenizers.Tokenizer
     opens_with_space: bool = False
+    reopens_with_space: bool = False
     special_tokens: Mapping[int, tokenizers.AddedToken]
     is_byte_level: bool
     strips_leading_space: bool

@@ -3,9 +3,10 @@
     python -m tests.server.make_text_goldens
 
 Vocabularies are trained here, on text made here. SentencePiece's come with the ids of the
-`sentencepiece` package, their chats with those of transformers' own slow tokenizers, which split at
-special tokens in Python. The byte-level one comes with the ids of `tiktoken`, by the expressions
-that their families published. Runs where these are installed and nothing of ours is needed:
+`sentencepiece` package, and their chats with those of transformers' slow tokenizers, which split at
+special tokens in Python, and of Mistral's own library, which knows no template. The byte-level one
+comes with the ids of `tiktoken`, by the expressions that its families published. Nothing of ours
+is needed; it runs where these are installed:
 
     pip install sentencepiece "transformers<5" tiktoken mistral_common tokenizers
 """
@@ -23,6 +24,8 @@ import sentencepiece
 import tiktoken
 import tokenizers
 import transformers
+from mistral_common.protocol.instruct.request import ChatCompletionRequest
+from mistral_common.tokens.tokenizers.mistral import MistralTokenizer
 from sentencepiece import sentencepiece_model_pb2
 from tiktoken_ext import openai_public
 from tokenizers import models, pre_tokenizers, trainers
@@ -36,6 +39,10 @@ so a reader who looks for one finds two where three were hello world stone iron 
 naïve café größer привет мир 数学 は 楽しい def return class self import print
 """
 WORDS = SENTENCE.split()
+MISTRAL_CONTROLS = [
+    *("[INST]", "[/INST]", "[TOOL_CALLS]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]"),
+    *("[TOOL_RESULTS]", "[/TOOL_RESULTS]"),
+]
 TRAPS = [
     *("", " ", "  ", "   ", "\n", "\n\n", "\t", "\r\n", "a", " a", "a ", "  a", "a  b", "hello"),
     *("\u2581", "\u2581a", "a\u2581b", "<s>", "</s>", "<unk>", "<0x41>", "<table>", "</table>"),
@@ -127,7 +134,7 @@ def train_all(rng: random.Random) -> dict[str, bytes]:
     indents = [" " * rng.randrange(1, 40) + rng.choice(WORDS) for _ in range(2000)]
     return {
         "llama": train(lines, vocab_size=560),
-        "mistral": train(lines, vocab_size=570, control_symbols=["[INST]", "[/INST]"]),
+        "mistral": train(lines, vocab_size=570, control_symbols=MISTRAL_CONTROLS),
         "gemma": train(
             lines,
             vocab_size=600,
@@ -184,12 +191,12 @@ def chats(protos: dict[str, bytes]) -> list[dict[str, object]]:
         "phi3": [
             "<|user|>\nhello world<|end|>\n<|assistant|>\n",
             "<|system|>\n\n  the word<|end|>\n<|user|>  \thello\n <|end|> <|assistant|>the",
-            "<|endoftext|> hello<|endoftext|>\nhello",
+            "<|endoftext|>hello<|endoftext|>\nhello",
         ],
         "llama2": ["[INST] hello world [/INST] the word </s><s>[INST] hello [/INST]", " hello"],
         "mistral": [
             "[INST] hello[/INST] the word</s>[INST]  hello\n[/INST]",
-            "hello[INST]hello[/INST]hello",
+            "hello[INST] hello[/INST] hello",
         ],
         "gemma": [
             "<start_of_turn>user\nhello  world<end_of_turn>\n<start_of_turn>model\n",
@@ -217,6 +224,29 @@ def chats(protos: dict[str, bytes]) -> list[dict[str, object]]:
             }
         )
     return goldens
+
+
+def mistral_chats(protos: dict[str, bytes]) -> dict[str, object]:
+    """Conversations as Mistral's own library encodes them, by the version of their tokenizer."""
+    conversations = [
+        [("user", "hello world")],
+        [("user", "  the x\n    is 1"), ("assistant", "hello, 2"), ("user", "where")],
+        [("system", "the word"), ("user", "a"), ("assistant", "b"), ("user", "[INST]c</s>")],
+    ]
+    messages = [
+        [{"role": role, "content": content} for role, content in turns] for turns in conversations
+    ]
+    ids = {}
+    for version, model in (("v1", "llama"), ("v3", "mistral")):
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, f"tokenizer.model.{version}")
+            path.write_bytes(protos[model])
+            tokenizer = MistralTokenizer.from_file(str(path))
+            ids[model] = [
+                tokenizer.encode_chat_completion(ChatCompletionRequest(messages=chat)).tokens
+                for chat in messages
+            ]
+    return {"messages": messages, "ids": ids}
 
 
 def byte_level_goldens(rng: random.Random, samples: list[str]) -> dict[str, object]:
@@ -290,6 +320,7 @@ def main() -> None:
         "texts": samples,
         "sentencepiece": {name: spm_goldens(proto, samples) for name, proto in protos.items()},
         "chats": chats(protos),
+        "mistral": mistral_chats(protos),
         "byte_level": byte_level_goldens(rng, samples),
     }
     GOLDENS.parent.mkdir(exist_ok=True)

@@ -2,11 +2,19 @@
 
 import random
 import time
+from contextlib import closing
 
 import pytest
 
 from pallasite.engine.errors import RequestError
+from pallasite.engine.request import SamplingParams
+from pallasite.server.chat_template import ChatTemplate
+from pallasite.server.config import TextLimits
 from pallasite.server.detokenizer import Detokenizer, TextDelta
+from pallasite.server.generate import TextEngine
+from pallasite.server.prompts import PromptEncoder
+from pallasite.server.text_request import Prompt, TextRequest
+from tests.server.fake_engine import FakeEngine
 from tests.server.tiny_tokenizers import byte_level, sentencepiece
 
 NUM_STREAMS = 2000
@@ -197,3 +205,34 @@ def test_a_token_costs_the_same_whatever_is_held_back():
     assert time.process_time() - start < 2.0
     assert len(text) == 10_000
     assert len(detokenizer.finish().text) == 10_000
+
+
+@pytest.mark.parametrize("continues_text", [False, True])
+def test_the_space_of_a_first_word_is_the_texts_own_where_it_goes_on(continues_text):
+    tokenizer = TOKENIZERS["pieces"]
+    ids = tokenizer.encode("hello hello", adds_special_tokens=True)
+    detokenizer = Detokenizer(tokenizer, (), False, True, continues_text=continues_text)
+    text = "".join(detokenizer.push([token_id]).text for token_id in ids)
+    assert text == (" hello hello" if continues_text else "hello hello")
+    assert tokenizer.decode(ids, skips_special=True) == "hello hello"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text"),
+    [
+        (Prompt(text="a"), " a a"),
+        (Prompt(token_ids=(274,)), " a a a a"),
+        (Prompt(messages=({"role": "user", "content": "a"},)), "a a a a"),
+    ],
+)
+async def test_a_text_goes_on_with_its_space_and_an_answer_begins_without(prompt, text):
+    tokenizer = TOKENIZERS["pieces"]
+    assert tokenizer.token_text(274) == "\u2581a"
+    template = ChatTemplate("{{ messages[0].content }}", tokenizer)
+    encoder = PromptEncoder(tokenizer, template, TextLimits())
+    with closing(FakeEngine()) as engine, closing(encoder):
+        text_engine = TextEngine(engine, encoder, model_name="tiny")
+        request = TextRequest(prompt=prompt, params=SamplingParams(max_tokens=4))
+        with closing(await text_engine.generate(request)) as stream:
+            events = [event.text async for event in stream]
+    assert "".join(events) == text

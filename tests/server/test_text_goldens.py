@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pallasite.server.chat_template import ChatTemplate
+from pallasite.server.detokenizer import Detokenizer
 from pallasite.server.sentencepiece_file import read_model
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
 from pallasite.server.tokenizer_gguf import build_from_gguf
+from tests.server.family_templates import FAMILIES
 from tests.server.tiny_tokenizers import CONTROL, NORMAL, USER_DEFINED
 
 GOLDENS = json.loads((Path(__file__).parent / "goldens" / "text.json").read_text())
@@ -148,3 +151,39 @@ def test_words_are_cut_where_the_published_expressions_cut(pre, published):
 def test_the_families_cut_differently():
     ids = GOLDENS["byte_level"]["ids"]
     assert len({json.dumps(of_family) for of_family in ids.values()}) == len(ids)
+
+
+@pytest.mark.parametrize(("model", "family"), [("llama", "mistral-v1"), ("mistral", "mistral-v3")])
+def test_a_conversation_becomes_the_ids_that_mistrals_own_library_makes(folder_of, model, family):
+    metadata = gguf_metadata(folder_of(model))
+    tokenizer = Tokenizer(build_from_gguf(metadata))
+    template = ChatTemplate(FAMILIES[family].source, tokenizer)
+    for messages, ids in zip(
+        GOLDENS["mistral"]["messages"], GOLDENS["mistral"]["ids"][model], strict=True
+    ):
+        assert template.encode(messages) == ids
+
+
+def test_text_behind_a_special_token_of_a_gguf_gets_one_space_in_front(folder_of):
+    tokenizer = Tokenizer(build_from_gguf(gguf_metadata(folder_of("mistral"))))
+    for text in ("[INST]hello", "[INST] hello", "hello[INST]hello", " hello[INST] hello"):
+        ids = encode_trusted(tokenizer, text)
+        assert tokenizer.token_text(ids[-1]) == "\u2581hello"
+        assert tokenizer.token_text(ids[-2]) == "[INST]"
+    double = encode_trusted(tokenizer, "[INST]  hello")
+    assert "".join(map(tokenizer.token_text, double)).endswith("[INST]\u2581\u2581hello")
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "no-bytes"])
+def test_any_text_comes_back_whole_and_token_by_token(folder_of, name):
+    tokenizer = load_tokenizer(folder_of(name))
+    num_split = 0
+    for text, ids in zip(TEXTS, MODELS[name]["ids"], strict=True):
+        text = text.replace("\u2581", " ")
+        assert tokenizer.decode(ids, skips_special=True) == text
+        detokenizer = Detokenizer(tokenizer, (), False, True)
+        deltas = [detokenizer.push([token_id]).text for token_id in ids]
+        num_split += "" in deltas[1:] and "\ufffd" not in "".join(deltas)
+        assert "".join(deltas) == text
+        assert detokenizer.finish().text == ""
+    assert num_split > 10

@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+from contextlib import closing
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,8 @@ from tokenizers import decoders, pre_tokenizers
 
 from pallasite.engine.errors import ConfigError, RequestError
 from pallasite.models.gguf_file import GgufFile
+from pallasite.server.config import TextLimits
+from pallasite.server.prompts import PromptEncoder
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
 from pallasite.server.tokenizer_gguf import build_from_gguf
 from tests.server.tiny_tokenizers import (
@@ -100,6 +103,14 @@ def test_decoding_drops_one_leading_space_only_where_encoding_put_one():
     plain = Tokenizer(build_from_gguf(metadata))
     assert plain.decode(hello, skips_special=True) == " hello"
     assert plain.encode(" hello", adds_special_tokens=False) == hello
+
+
+def test_a_bad_word_is_banned_within_a_word_and_after_a_space():
+    encoder = PromptEncoder(SENTENCEPIECE, None, TextLimits())
+    with closing(encoder):
+        sequences = encoder.bad_word_ids(("abc",), 1)
+    texts = [tuple(map(SENTENCEPIECE.token_text, ids)) for ids in sequences]
+    assert texts == [("abc",), ("\u2581", "abc")]
 
 
 @pytest.mark.parametrize(
