@@ -116,9 +116,14 @@ def test_every_layer_means_all_but_the_embedding_and_the_head():
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*", "a{2,1}", "(?P<x", "(" * 200])
 def test_a_pattern_that_cannot_be_read_is_refused(pattern):
-    for refused in (check_rules, lambda rules: make_model(TINY, "bf16", CPU, rules=tuple(rules))):
+    rules = (("q_proj", "int8"), (pattern, "int8"))
+    for refused in (
+        lambda: check_rules(rules),
+        lambda: make_model(TINY, "bf16", CPU, rules=rules),
+        lambda: make_model(replace(TINY, stored_forms=rules), "bf16", CPU),
+    ):
         with pytest.raises(ConfigError) as error:
-            refused([("q_proj", "int8"), (pattern, "int8")])
+            refused()
         message = str(error.value)
         assert_three_parts(message)
         assert message.startswith(f"got the weight pattern {pattern[:80]!r},")
