@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -84,7 +83,7 @@ class Engine:
         self._builder = BatchBuilder(runtime.layouts, num_shards, config.max_requests // num_shards)
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
-        self._leases = LeaseTable(config.max_leases)
+        self._leases = LeaseTable(config.max_leases, config.max_lease_s)
         self._adapters = AdapterTable(config.max_adapters)
         self.epoch = self._leases.epoch
         self._bounds = Bounds(
@@ -135,14 +134,18 @@ class Engine:
         is too long or too many are held.
         """
         validate(request, self._bounds)
-        self._check_lease(lease_s)
+        self._leases.check(lease_s)
         if request.params.n != 1:
             raise RequestError(
                 f"sampling.n: got {request.params.n} for a prefill; allowed is 1; prefill once for"
                 " each completion",
                 field="sampling.n",
             )
-        self._reserve_lease(len(request.prompt_ids))
+        page_size = self._runtime.page_size
+        num_pages = -(-len(request.prompt_ids) // page_size)
+        promised = self._intake.promised_pages(page_size)
+        num_all = self._scheduler.num_pages
+        self._leases.reserve(self._leases.max_held(num_pages, promised, num_all))
         try:
             return self._open(request, lease_s)
         except RequestError:
@@ -176,7 +179,7 @@ class Engine:
 
     def extend_lease(self, handle_id: str, epoch: str, tenant: str, lease_s: float) -> KvHandle:
         """Makes a lease end lease_s seconds from now. Raises RequestError as `decode` does."""
-        self._check_lease(lease_s)
+        self._leases.check(lease_s)
         return self._leases.extend(handle_id, epoch, tenant, lease_s)
 
     def abort(self, request_id: str) -> bool:
@@ -404,36 +407,12 @@ class Engine:
 
     def _ask(self, command: Callable[[], _T]) -> _T:
         """Returns what the loop answers between two steps, or what a loop that has ended left."""
-        answer: Future[_T] = Future()
-
-        def run() -> None:
-            try:
-                answer.set_result(command())
-            except BaseException as error:  # noqa: BLE001 - it is the caller's, who waits
-                answer.set_exception(error)
-
-        if not self._intake.command(run):
+        answer = self._intake.ask(command)
+        if answer is None:
             self._thread.join()
-            run()
+            return command()
         return answer.result()
 
     def _open(self, request: Request, lease_s: float | None) -> TokenStream:
         self._adapters.slot_of(request.adapter)
         return self._intake.submit(request, self._scheduler.num_waiting, lease_s)
-
-    def _reserve_lease(self, num_prompt: int) -> None:
-        """Promises a lease, so that leases hold half of the cache at most, or a single one more."""
-        page_size = self._runtime.page_size
-        promised = self._intake.promised_pages(page_size)
-        bound = self._scheduler.num_pages
-        if promised + self._leases.num_pages() > 0:
-            bound = bound // 2 - promised - -(-num_prompt // page_size)
-        self._leases.reserve(bound)
-
-    def _check_lease(self, lease_s: float) -> None:
-        if not 0 < lease_s <= self.config.max_lease_s:
-            raise RequestError(
-                f"lease_s: got {lease_s}; allowed is above 0 up to {self.config.max_lease_s:g};"
-                " change it",
-                field="lease_s",
-            )

@@ -8,7 +8,9 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from itertools import count
+from typing import TypeVar
 
 from pallasite.engine.errors import ErrorCode, RequestError, closed_error
 from pallasite.engine.request import Request
@@ -16,6 +18,7 @@ from pallasite.engine.sequence import Group, Sequence, new_group
 from pallasite.engine.stream import TokenStream
 
 Command = Callable[[], None]
+_T = TypeVar("_T")
 
 logger = logging.getLogger(__name__)
 
@@ -110,6 +113,18 @@ class Intake:
             self._commands.append(command)
             self._changed.notify_all()
             return True
+
+    def ask(self, command: Callable[[], _T]) -> Future[_T] | None:
+        """Has the loop answer something; None where it has ended."""
+        answer: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                answer.set_result(command())
+            except BaseException as error:  # noqa: BLE001 - it is the caller's, who waits
+                answer.set_exception(error)
+
+        return answer if self.command(run) else None
 
     def find(self, request_id: str) -> Group | None:
         """Returns the open request of that id."""

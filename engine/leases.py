@@ -32,9 +32,10 @@ class LeaseTable:
         epoch: this engine's name; handles of another engine, or of an earlier start, have another.
     """
 
-    def __init__(self, max_leases: int) -> None:
+    def __init__(self, max_leases: int, max_lease_s: float) -> None:
         self.epoch = secrets.token_hex(8)
         self._max_leases = max_leases
+        self._max_lease_s = max_lease_s
         self._leases: dict[str, _Lease] = {}
         self._promised = 0
         self._ended: OrderedDict[str, str] = OrderedDict()
@@ -49,6 +50,25 @@ class LeaseTable:
     def num_pages(self) -> int:
         """Returns how many pages the leases hold."""
         return sum(len(sequence.pages) for sequence in self.sequences())
+
+    def check(self, lease_s: float) -> None:
+        """Raises RequestError for a lease that may not be asked for."""
+        if not 0 < lease_s <= self._max_lease_s:
+            raise RequestError(
+                f"lease_s: got {lease_s}; allowed is above 0 up to {self._max_lease_s:g};"
+                " change it",
+                field="lease_s",
+            )
+
+    def max_held(self, num_pages: int, num_promised: int, num_all: int) -> int:
+        """Returns the pages that leases may hold beside one more of num_pages.
+
+        So many that all leases, and the num_promised pages of open prefills, hold half of a cache
+        of num_all at most, or a single one more.
+        """
+        if num_promised + self.num_pages() == 0:
+            return num_all
+        return num_all // 2 - num_promised - num_pages
 
     def reserve(self, max_pages: int) -> None:
         """Promises a lease to a prefill.

@@ -35,18 +35,18 @@ def key(handle):
 
 
 def test_a_handle_is_128_random_bits_of_this_epoch():
-    table = LeaseTable(100)
+    table = LeaseTable(100, 60.0)
     handles = [granted(table) for _ in range(100)]
     ids = {handle.handle_id for handle in handles}
     assert len(ids) == 100
     assert all(len(i) == 32 and int(i, 16) < 2**128 for i in ids)
     assert {handle.epoch for handle in handles} == {table.epoch}
-    assert LeaseTable(1).epoch != table.epoch
+    assert LeaseTable(1, 60.0).epoch != table.epoch
 
 
 @pytest.mark.parametrize("method", ["take", "release", "extend"])
 def test_each_method_refuses_a_handle_for_what_is_wrong_with_it(method):
-    table = LeaseTable(10)
+    table = LeaseTable(10, 60.0)
     call = getattr(table, method)
     more = (LONG_S,) if method == "extend" else ()
 
@@ -75,7 +75,7 @@ def test_each_method_refuses_a_handle_for_what_is_wrong_with_it(method):
 
 
 def test_a_handle_serves_once_and_a_second_try_says_how_the_first_ended_it():
-    table = LeaseTable(10)
+    table = LeaseTable(10, 60.0)
     sequence = held()
     taken, released = granted(table, sequence), granted(table)
     assert table.take(*key(taken), "a") is sequence
@@ -88,7 +88,7 @@ def test_a_handle_serves_once_and_a_second_try_says_how_the_first_ended_it():
 
 
 def test_pages_are_collected_once_after_the_lease_or_the_release():
-    table = LeaseTable(10)
+    table = LeaseTable(10, 60.0)
     short, long, freed = held(num_pages=2), held(num_pages=3), held(num_pages=4)
     granted(table, short, 5.0)
     granted(table, long, 50.0)
@@ -105,7 +105,7 @@ def test_pages_are_collected_once_after_the_lease_or_the_release():
 
 
 def test_an_extended_lease_ends_when_it_now_says():
-    table = LeaseTable(10)
+    table = LeaseTable(10, 60.0)
     sequence = held()
     handle = granted(table, sequence, 1.0)
     extended = table.extend(*key(handle), "a", 30.0)
@@ -117,7 +117,7 @@ def test_an_extended_lease_ends_when_it_now_says():
 
 
 def test_handles_are_bounded_and_a_promise_counts_as_one():
-    table = LeaseTable(2)
+    table = LeaseTable(2, 60.0)
     table.reserve(100)
     first = table.grant(held(), LONG_S)
     table.reserve(100)
@@ -134,7 +134,7 @@ def test_handles_are_bounded_and_a_promise_counts_as_one():
 
 
 def test_leased_pages_are_bounded():
-    table = LeaseTable(100)
+    table = LeaseTable(100, 60.0)
     granted(table, held(num_pages=5))
     table.reserve(5)
     error = refusal(table.reserve, 4)
@@ -143,7 +143,7 @@ def test_leased_pages_are_bounded():
 
 
 def test_what_is_remembered_of_ended_handles_is_bounded():
-    table = LeaseTable(10_000)
+    table = LeaseTable(10_000, 60.0)
     first = granted(table)
     table.release(*key(first), "a")
     for _ in range(5000):
