@@ -1,7 +1,8 @@
 """An engine without a model, for tests of what stands above it: it repeats the prompt.
 
 Completion i of a prompt p has the token p[(i + k) % len(p)] at place k. Everything else is as the
-real engine does it: validation, admission, streams, aborts, leases.
+real engine does it: validation, admission, streams, aborts, leases, the names of adapters. Of an
+adapter it has the name alone: it reads no folder, and the tokens stay the same.
 """
 
 import secrets
@@ -10,6 +11,7 @@ import time
 from dataclasses import dataclass, field, replace
 from types import SimpleNamespace
 
+from pallasite.engine.adapters import AdapterTable
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.errors import ErrorCode, RequestError
 from pallasite.engine.request import (
@@ -78,6 +80,7 @@ class FakeEngine:
         self.rows: list[Row] = []
         self.leases: dict[str, Lease] = {}
         self.ended_handles: set[str] = set()
+        self.adapters = AdapterTable(self.config.max_adapters)
         self._is_draining = self._is_closed = False
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._loop, daemon=True)
@@ -125,6 +128,18 @@ class FakeEngine:
             self._lease(handle_id, epoch, tenant).expires_s = time.monotonic() + lease_s
         return KvHandle(handle_id=handle_id, epoch=epoch, expires_in_s=lease_s)
 
+    def adapter_names(self):
+        return self.adapters.names()
+
+    def load_adapter(self, name, folder):
+        with self._lock:
+            self.adapters.check_name(name)
+            self.adapters.add(name, self.adapters.free_slot(()))
+
+    def unload_adapter(self, name):
+        with self._lock:
+            self.adapters.remove(name)
+
     def current_load(self):
         with self._lock:
             return SimpleNamespace(
@@ -168,6 +183,7 @@ class FakeEngine:
             ),
         )
         with self._lock:
+            self.adapters.slot_of(request.adapter)
             self._check_open()
             if len(self.rows) >= self.config.max_requests + self.config.max_waiting:
                 raise RequestError(

@@ -304,11 +304,16 @@ def _raise(error):
 
 def test_messages_carry_what_was_asked():
     chat = messages.chat_prompt([{"role": "user", "content": "a"}])
-    request = messages.generate_request(chat, SamplingParams(n=2), 3)
+    request = messages.generate_request(chat, SamplingParams(n=2), 3, "a")
     assert (request.chat, request.sampling.n, request.priority) == (chat, 2, 3)
-    plain = messages.generate_request([1, 2], None, 0)
+    assert request.adapter == "a"
+    plain = messages.generate_request([1, 2], None, 0, "")
     assert plain == pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1, 2]))
     assert not plain.HasField("sampling")
+    assert not plain.HasField("adapter")
+    score = messages.score_request([1, 2], 3, 0, "a")
+    assert score == pb.ScoreRequest(token_ids=pb.TokenIds(ids=[1, 2]), top=3, adapter="a")
+    assert not messages.score_request([1, 2], 3, 0, "").HasField("adapter")
     assert messages.call_metadata("k", "r") == (
         ("authorization", "Bearer k"),
         ("x-request-id", "r"),
