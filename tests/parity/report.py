@@ -80,6 +80,7 @@ KINDS = (
 
 
 def main(model: str = "smollm2-135m") -> None:
+    jax.config.update("jax_num_cpu_devices", max(DEVICES))
     lines = [_HEAD, *_family_table(), *_FORMS.splitlines(), *_form_table(locate(model))]
     OUTPUT.write_text("\n".join(lines) + "\n")
 
@@ -189,8 +190,8 @@ SmolLM2-135M-Instruct over 12 texts (1,165 scored tokens), held against its own 
 `--quantize FORM` gives the layers' matrices a form, `--cache int8` the cache; the embedding, which
 is the output head too, stays as it is: 113 MB of the megabytes in f32, half of that in bf16. The
 model's file is 4-bit already (Q4_1, groups of 32): int4:32 holds its weights exactly, and says
-nothing of how rounding floats to 4 bits would do; int4:64, which rounds 4-bit weights a second time,
-shows what must not be done with them.
+nothing of how rounding floats to 4 bits would do; int4:64, which rounds 4-bit weights a second
+time, shows what must not be done with them.
 """
 
 
