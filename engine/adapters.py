@@ -23,18 +23,7 @@ class AdapterTable:
 
         Raises RequestError NOT_FOUND where it is not loaded.
         """
-        if name == "":
-            return -1
-        slot = self._slots.get(name)
-        if slot is None:
-            known = ", ".join(self.names()) or "none"
-            raise RequestError(
-                f"adapter: got {name[:MAX_NAME_LEN]!r}, which is not loaded; loaded are: {known};"
-                " choose one of them, or have it loaded",
-                code=ErrorCode.NOT_FOUND,
-                field="adapter",
-            )
-        return slot
+        return -1 if name == "" else self._loaded_slot(name)
 
     def check_name(self, name: str) -> None:
         """Raises RequestError where no adapter may be loaded under a name."""
@@ -75,8 +64,19 @@ class AdapterTable:
     def remove(self, name: str) -> None:
         """Forgets an adapter; requests that use it go on.
 
-        Raises RequestError for an unknown one.
+        Raises RequestError NOT_FOUND where it is not loaded.
         """
-        self.slot_of(name)
-        if name:
-            del self._slots[name]
+        self._loaded_slot(name)
+        del self._slots[name]
+
+    def _loaded_slot(self, name: str) -> int:
+        slot = self._slots.get(name)
+        if slot is None:
+            known = ", ".join(self.names()) or "none"
+            raise RequestError(
+                f"adapter: got {name[:MAX_NAME_LEN]!r}, which is not loaded; loaded are: {known};"
+                " choose one of them, or have it loaded",
+                code=ErrorCode.NOT_FOUND,
+                field="adapter",
+            )
+        return slot

@@ -9,6 +9,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 
 from pallasite.models.adapters import AdapterSpec, HostLowRank
@@ -21,6 +22,7 @@ from pallasite.models.weights import Matrix
 
 _MAX_CONFIG_BYTES = 1 << 20
 _PREFIX = "base_model.model."
+_LARGEST = float(ml_dtypes.finfo(ml_dtypes.bfloat16).max)
 # What PEFT's LoRA can do that is not served; each must be absent, or have the value that is none.
 _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "bias": ("none",),
@@ -81,8 +83,15 @@ class PeftAdapter:
             own_a, own_b = (self._file.read(part).astype(np.float32) for part in self._pairs[name])
             own = len(own_a)
             a[layer, :own] = inputs.lay_out(own_a, 1)
-            scaled = own_b[rows[0] : rows[1]] * np.float32(self._scale(name, own))
-            b[layer, :, :own] = outputs.lay_out(scaled, 0)
+            with np.errstate(over="ignore"):
+                scaled = own_b[rows[0] : rows[1]].astype(np.float64) * self._scale(name, own)
+            # An infinite B would reach every token of a batch: what is not its own is 0 * B.
+            if np.abs(scaled).max(initial=0) > _LARGEST:
+                raise CheckpointError(
+                    f"got a B of {shown(name)} that its alpha scales beyond the floats; it must be"
+                    " finite; fetch or train the adapter again"
+                )
+            b[layer, :, :own] = outputs.lay_out(scaled.astype(np.float32), 0)
         return HostLowRank(a, b)
 
     def _scale(self, name: str, rank: int) -> float:
