@@ -5,10 +5,8 @@ import numpy as np
 from pallasite.models.errors import ConfigError
 from pallasite.models.forms import Form
 from pallasite.models.partition import Axis, Partition
-from pallasite.models.quantize import QuantizedTensor, quantize
+from pallasite.models.quantize import QuantizedTensor, Stored, quantize
 from pallasite.models.weights import Declared, Matrix, source_of
-
-Stored = np.ndarray | QuantizedTensor
 
 
 def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> dict[str, np.ndarray]:
