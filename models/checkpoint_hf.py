@@ -38,7 +38,7 @@ class HfCheckpoint:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __init__(self, folder: Path) -> None:
-        fields = Fields(_read_json(folder / "config.json"), "config.json")
+        fields = Fields(read_json(folder / "config.json"), "config.json")
         architecture = read_architecture(fields)
         self._stored = _by_declared_name(architecture, _files_by_tensor(folder))
         self._quantization = read_quantization(
@@ -46,7 +46,7 @@ class HfCheckpoint:
         )
         self.shapes = self._quantization.shapes
         generation = folder / "generation_config.json"
-        ends = Fields(_read_json(generation), generation.name) if generation.exists() else fields
+        ends = Fields(read_json(generation), generation.name) if generation.exists() else fields
         config = read_config(architecture, fields, ends, self.shapes)
         self.config = replace(config, stored_forms=self._quantization.rules)
 
@@ -116,7 +116,7 @@ def _files_by_tensor(folder: Path) -> dict[str, SafetensorsFile]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the index's map of tensor to shard. Shards are names of files in the same folder."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"got {path.name!r} without a weight_map; it must map each tensor to its shard; fetch"
@@ -146,7 +146,7 @@ def _check_index(expected: Mapping[str, str], found: Mapping[str, SafetensorsFil
             )
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
     with open_bytes(path) as file:
         num_bytes = file.seek(0, 2)
         if num_bytes > _MAX_JSON_BYTES:

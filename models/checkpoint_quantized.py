@@ -11,15 +11,17 @@ from dataclasses import dataclass
 from pallasite.models.checkpoint_awq_gptq import find_awq, find_gptq
 from pallasite.models.checkpoint_compressed import find_compressed
 from pallasite.models.checkpoint_fields import Fields, shown
+from pallasite.models.checkpoint_pallasite import METHOD, find_pallasite
 from pallasite.models.checkpoint_safetensors import FLOATS, SafeTensor
 from pallasite.models.errors import CheckpointError
-from pallasite.models.forms import Rule
+from pallasite.models.forms import Rule, pattern_name
 from pallasite.models.stored_matrix import Module, StoredMatrix, modules_of
 
 FORMATS: dict[str, Callable[[Fields, list[Module]], dict[str, StoredMatrix]]] = {
     "awq": find_awq,
     "gptq": find_gptq,
     "compressed-tensors": find_compressed,
+    METHOD: find_pallasite,
 }
 """By `quant_method`."""
 
@@ -96,7 +98,7 @@ def _rules(
     """One rule a weight, over all layers: those are stacked, so that they must be of one form."""
     forms: dict[str, tuple[str, str]] = {}
     for name in shapes:
-        pattern = re.sub(r"^model\.layers\.\d+\.", "model.layers.*.", name).removesuffix(".weight")
+        pattern = pattern_name(name)
         form = str(matrices[name].form) if name in matrices else "floats"
         first, other = forms.setdefault(pattern, (form, name))
         if first != form:

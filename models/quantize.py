@@ -43,6 +43,11 @@ class QuantizedTensor:
     def group(self) -> int:
         return self.values.shape[1] // self.scales.shape[1]
 
+    def has_form(self, form: Form) -> bool:
+        """Returns whether this is what the form holds, so that nothing has to be rounded again."""
+        kind = {np.dtype(np.uint8): "int4", np.dtype(np.int8): "int8"}.get(self.values.dtype, "fp8")
+        return kind == form.kind and self.group == (form.group or self.shape[1])
+
     def dequantize(self) -> np.ndarray:
         """Returns f32 `[out, in]`."""
         values = self.values.astype(np.float32).reshape(*self.scales.shape, -1)

@@ -119,15 +119,6 @@ def unpack(words: np.ndarray, num_bits: int) -> np.ndarray:
     return fields.reshape(octets.shape[0], -1)
 
 
-def pack(fields: np.ndarray, num_bits: int) -> np.ndarray:
-    """Undoes `unpack`. Rows that do not fill their last word are filled up with zeros."""
-    per_word = 32 // num_bits
-    fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % per_word)))
-    if num_bits == 4:
-        fields = fields[:, ::2] | fields[:, 1::2] << 4
-    return np.ascontiguousarray(fields).view("<i4").astype(np.int32, copy=False)
-
-
 def with_zeros(codes: np.ndarray, scales: np.ndarray, zeros: np.ndarray) -> QuantizedTensor:
     """Makes 4-bit codes `[out, in]` one that stand for (code - zero) * scale.
 
