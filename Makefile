@@ -7,7 +7,7 @@ MODEL ?= smollm2-135m
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench parity reliability proto wheel-check clean
+.PHONY: demo serve test lint types bench models parity reliability proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -35,8 +35,12 @@ types: .venv/test.stamp .venv/lint.stamp
 bench: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
 	mkdir -p build/bench
-	for b in serving offline startup memory depth; do \
+	for b in serving offline startup memory depth adapters; do \
 		$(BIN)/python -m benchmarks.$$b --output build/bench/$$b.json || exit; done
+
+models: .venv/test.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python -m tests.parity.report
 
 # torch has an environment of its own, so that nothing else here ever runs beside it.
 parity: .venv/test.stamp build/parity/made.stamp

@@ -76,11 +76,17 @@ class StepDriver:
         self._committer = Committer(self._scheduler, self._eos, config.max_unread_tokens)
         self._arrivals = count()
 
-    def run(self, requests: Sequence[Request]) -> list[StepTime]:
-        """Runs requests to their end; returns their steps in order."""
-        for request in requests:
+    def run(
+        self, requests: Sequence[Request], adapter_slots: Sequence[int] | None = None
+    ) -> list[StepTime]:
+        """Runs requests to their end; returns their steps in order.
+
+        `adapter_slots` are the requests' adapters; None gives them none.
+        """
+        for request, slot in zip(requests, adapter_slots or [-1] * len(requests), strict=True):
             group = new_group(request, TokenStream("", 1), next(self._arrivals), None)
             for sequence in group.sequences:
+                sequence.adapter_slot = slot
                 self._scheduler.add(sequence)
         steps = []
         while (step := self._step()) is not None:

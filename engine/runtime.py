@@ -96,17 +96,17 @@ class Runtime:
         assert self._state is not None
         self._state = self.programs.edit(self._state, edit, shard)
 
+    def adapter_shapes(self) -> Adapters:
+        """Returns the shapes, dtypes and placements of one adapter's arrays."""
+        return self._spec.adapters.abstract_one(self._spec.mesh)
+
     def read_adapter(self, folder: Path) -> Adapters:
         """Reads a PEFT adapter's folder and puts it beside the model; from any thread.
 
         Raises CheckpointError for one that does not fit the model or the room.
         """
-        spec = self._spec
-        read = PeftAdapter(folder, spec.adapters).read()
-        return {
-            key: place_one(read.get(key), like)
-            for key, like in spec.adapters.abstract_one(spec.mesh).items()
-        }
+        read = PeftAdapter(folder, self._spec.adapters).read()
+        return {key: place_one(read.get(key), like) for key, like in self.adapter_shapes().items()}
 
     def set_adapter(self, one: Adapters, slot: int) -> None:
         """Puts an adapter that was read into a slot; steps launched before do not see it."""

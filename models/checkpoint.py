@@ -9,12 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
-import numpy as np
-
 from pallasite.models.checkpoint_gguf import GgufCheckpoint
 from pallasite.models.checkpoint_hf import HfCheckpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
+from pallasite.models.quantize import Stored
 
 
 @runtime_checkable
@@ -29,11 +28,12 @@ class Checkpoint(Protocol):
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> np.ndarray:
-        """Returns one tensor, dequantized, as float32 or as the file's own 16-bit float type.
+    def read(self, name: str) -> Stored:
+        """Returns one tensor: float32 or the file's own 16-bit float type; or as it was quantized.
 
-        The caller may keep it; nothing else does. Raises CheckpointError naming the tensor where
-        its bytes are missing or cannot be right (a scale that is not finite).
+        The latter where `config.stored_forms` has a rule for it. The caller may keep it; nothing
+        else does. Raises CheckpointError naming the tensor where its bytes are missing or cannot be
+        right (a scale that is not finite).
         """
         ...
 

@@ -18,9 +18,11 @@ from pallasite.models.errors import CheckpointError
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT16 = np.dtype(np.float16)
 FLOAT32 = np.dtype(np.float32)
+FLOAT8 = np.dtype(ml_dtypes.float8_e4m3fn)
 
-# Magnitude bits of a float, and infinity's: a larger magnitude is a NaN.
+# Magnitude bits of a float, and infinity's: a larger magnitude is a NaN. FLOAT8 has one NaN alone.
 _MAGNITUDE = {
+    FLOAT8: (np.uint8, 0x7F, 0x7F),
     BFLOAT16: (np.uint16, 0x7FFF, 0x7F80),
     FLOAT16: (np.uint16, 0x7FFF, 0x7C00),
     FLOAT32: (np.uint32, 0x7FFFFFFF, 0x7F800000),
@@ -56,10 +58,10 @@ def read_exactly(file: FileIO, target: np.ndarray, name: str) -> None:
         view = view[num_read:]
 
 
-def read_floats(
+def read_numbers(
     path: Path, offset: int, shape: tuple[int, ...], dtype: np.dtype, name: str
 ) -> np.ndarray:
-    """Returns a tensor stored as plain little-endian floats of one of the three types above."""
+    """Returns a tensor stored as plain little-endian integers, or floats of a type above."""
     array = np.empty(math.prod(shape), dtype)
     with open_bytes(path) as file:
         file.seek(offset)
@@ -67,7 +69,8 @@ def read_floats(
         for start in range(0, array.size, step):
             piece = array[start : start + step]
             read_exactly(file, piece.view(np.uint8), name)
-            require_finite(piece, name)
+            if dtype in _MAGNITUDE:
+                require_finite(piece, name)
     return array.reshape(shape)
 
 

@@ -5,13 +5,13 @@ Nothing in the folder is code, and nothing outside it is opened by name.
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-
-import numpy as np
 
 from pallasite.models.checkpoint_bytes import open_bytes
 from pallasite.models.checkpoint_fields import Fields, parse_json, shown
-from pallasite.models.checkpoint_safetensors import SafetensorsFile
+from pallasite.models.checkpoint_quantized import read_quantization
+from pallasite.models.checkpoint_safetensors import NUMBERS, SafetensorsFile
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
 from pallasite.models.hf_config import (
@@ -20,6 +20,7 @@ from pallasite.models.hf_config import (
     read_config,
     tensor_name,
 )
+from pallasite.models.quantize import Stored
 
 _MAX_JSON_BYTES = 32 << 20
 
@@ -37,18 +38,24 @@ class HfCheckpoint:
     shapes: Mapping[str, tuple[int, ...]]
 
     def __init__(self, folder: Path) -> None:
-        fields = Fields(_read_json(folder / "config.json"), "config.json")
+        fields = Fields(read_json(folder / "config.json"), "config.json")
         architecture = read_architecture(fields)
         self._stored = _by_declared_name(architecture, _files_by_tensor(folder))
-        self.shapes = {
-            name: file.tensors[stored].shape for name, (stored, file) in self._stored.items()
-        }
+        self._quantization = read_quantization(
+            fields, {name: file.tensors[stored] for name, (stored, file) in self._stored.items()}
+        )
+        self.shapes = self._quantization.shapes
         generation = folder / "generation_config.json"
-        ends = Fields(_read_json(generation), generation.name) if generation.exists() else fields
-        self.config = read_config(architecture, fields, ends, self.shapes)
+        ends = Fields(read_json(generation), generation.name) if generation.exists() else fields
+        config = read_config(architecture, fields, ends, self.shapes)
+        self.config = replace(config, stored_forms=self._quantization.rules)
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Stored:
         """See `Checkpoint.read`."""
+        matrix = self._quantization.matrices.get(name)
+        if matrix is not None:
+            parts = {part: self._stored[tensor] for part, tensor in matrix.parts.items()}
+            return matrix.build({part: file.read(stored) for part, (stored, file) in parts.items()})
         if name not in self._stored:
             raise CheckpointError(
                 f"got no tensor {name!r} in the folder's files; `shapes` lists those there are;"
@@ -94,7 +101,7 @@ def _files_by_tensor(folder: Path) -> dict[str, SafetensorsFile]:
                 f"got no file {shard!r}, which the index names; every shard must be there; fetch"
                 " the checkpoint again"
             )
-        file = SafetensorsFile(folder / shard)
+        file = SafetensorsFile(folder / shard, NUMBERS)
         for tensor in file.tensors:
             if tensor in found:
                 raise CheckpointError(
@@ -109,7 +116,7 @@ def _files_by_tensor(folder: Path) -> dict[str, SafetensorsFile]:
 
 def _read_index(path: Path) -> dict[str, str]:
     """Returns the index's map of tensor to shard. Shards are names of files in the same folder."""
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(
             f"got {path.name!r} without a weight_map; it must map each tensor to its shard; fetch"
@@ -139,7 +146,7 @@ def _check_index(expected: Mapping[str, str], found: Mapping[str, SafetensorsFil
             )
 
 
-def _read_json(path: Path) -> dict[str, object]:
+def read_json(path: Path) -> dict[str, object]:
     with open_bytes(path) as file:
         num_bytes = file.seek(0, 2)
         if num_bytes > _MAX_JSON_BYTES:

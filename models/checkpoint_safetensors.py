@@ -5,6 +5,7 @@ JSON header; the bytes, without holes). Folders, shards and configs are not know
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,16 +13,26 @@ import numpy as np
 
 from pallasite.models.checkpoint_bytes import (
     BFLOAT16,
+    FLOAT8,
     FLOAT16,
     FLOAT32,
     open_bytes,
     read_exactly,
-    read_floats,
+    read_numbers,
 )
 from pallasite.models.checkpoint_fields import parse_json, shown
 from pallasite.models.errors import CheckpointError
 
-DTYPES = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+FLOATS = {"F32": FLOAT32, "F16": FLOAT16, "BF16": BFLOAT16}
+NUMBERS = FLOATS | {
+    "F8_E4M3": FLOAT8,
+    "I64": np.dtype(np.int64),
+    "I32": np.dtype(np.int32),
+    "I8": np.dtype(np.int8),
+    "U8": np.dtype(np.uint8),
+}
+"""Types by the format's names: what plain weights may have, and what quantized ones are made of."""
+
 MAX_HEADER_BYTES = 32 << 20
 MAX_DIMS = 8
 
@@ -43,8 +54,10 @@ class SafetensorsFile:
         tensors: each tensor's place by its name, in the order of their bytes.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, dtypes: Mapping[str, np.dtype] = FLOATS) -> None:
+        """Raises CheckpointError for a damaged header, or a tensor of a type not in `dtypes`."""
         self.name = path.name
+        self._dtypes = dtypes
         self._path = path
         with open_bytes(path) as file:
             file_bytes = file.seek(0, 2)
@@ -67,7 +80,7 @@ class SafetensorsFile:
     def read(self, name: str) -> np.ndarray:
         """Returns a tensor of the file, in the file's own type. Raises CheckpointError."""
         tensor = self.tensors[name]
-        return read_floats(self._path, tensor.offset, tensor.shape, tensor.dtype, name)
+        return read_numbers(self._path, tensor.offset, tensor.shape, tensor.dtype, name)
 
     def _place(
         self, entries: dict[str, object], data_start: int, file_bytes: int
@@ -85,7 +98,7 @@ class SafetensorsFile:
                     f"no tensor {what}",
                 )
             expected = end
-            tensors[name] = SafeTensor(shape, DTYPES[dtype], data_start + begin)
+            tensors[name] = SafeTensor(shape, self._dtypes[dtype], data_start + begin)
         if data_start + expected != file_bytes:
             last = f" to the end of tensor {shown(spans[-1][-1])}" if spans else ""
             raise self._damaged(
@@ -101,10 +114,10 @@ class SafetensorsFile:
                 "it must have dtype, shape and data_offsets",
             )
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
-        if not isinstance(dtype, str) or dtype not in DTYPES:
+        if not isinstance(dtype, str) or dtype not in self._dtypes:
             raise CheckpointError(
                 f"got tensor {shown(name)} of type {shown(dtype)} in {self.name!r}; allowed are"
-                f" {', '.join(DTYPES)}; convert the checkpoint"
+                f" {', '.join(self._dtypes)}; convert the checkpoint"
             )
         if not _are_sizes(shape) or len(shape) > MAX_DIMS:
             raise self._damaged(
@@ -116,7 +129,7 @@ class SafetensorsFile:
                 f"data_offsets of tensor {shown(name)} that are not a begin and an end",
                 "they must be two integers >= 0 in order",
             )
-        num_bytes = math.prod(shape) * DTYPES[dtype].itemsize
+        num_bytes = math.prod(shape) * self._dtypes[dtype].itemsize
         if num_bytes != offsets[1] - offsets[0]:
             raise self._damaged(
                 f"tensor {shown(name)} with {offsets[1] - offsets[0]} bytes",

@@ -79,11 +79,17 @@ def check_rules(rules: Sequence[Rule]) -> None:
         parse_form(form)
 
 
+def pattern_name(tensor_name: str) -> str:
+    """Returns the name that rules are matched against, for one layer's tensor as for all."""
+    name = re.sub(r"^model\.layers\.\d+\.", "model.layers.*.", tensor_name)
+    return name.removesuffix(".weight")
+
+
 def form_of(name: str, rules: Iterable[Rule]) -> Form | None:
     """Returns the form that the first rule to match gives a weight, None where none does.
 
-    `name` is the weight's Hugging Face name without ".weight" and with "*" for the layer's number,
-    as in "model.layers.*.self_attn.q_proj".
+    `name` is a `pattern_name`: the weight's Hugging Face name without ".weight" and with "*" for
+    the layer's number, as in "model.layers.*.self_attn.q_proj".
     """
     for pattern, form in rules:
         if re.search(pattern, name):

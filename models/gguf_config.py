@@ -15,6 +15,7 @@ from pallasite.models.checkpoint_fields import (
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
 from pallasite.models.gguf_architectures import Architecture
+from pallasite.models.gguf_ends import ends_by_text
 from pallasite.models.gguf_file import GgufFile
 from pallasite.models.gguf_rope import read_rope_scaling
 
@@ -60,6 +61,9 @@ def read_config(
         for kind in ("eos", "eot", "eom")
         for token_id in fields.token_ids(f"tokenizer.ggml.{kind}_token_id", vocab_size)
     )
+    tokens = fields.values.get("tokenizer.ggml.tokens")
+    if isinstance(tokens, list):
+        ends |= dict.fromkeys(ends_by_text(tokens))
     windows = _read_windows(fields, prefix, family, num_layers)
     local_theta = None
     if family == "gemma3" and windows:

@@ -18,7 +18,7 @@ from pallasite.models.checkpoint_bytes import (
     FLOAT32,
     open_bytes,
     read_exactly,
-    read_floats,
+    read_numbers,
     require_finite,
 )
 from pallasite.models.checkpoint_fields import shown
@@ -78,7 +78,7 @@ def read_tensor(
     naming the tensor where bytes are missing, or a number or scale is not finite.
     """
     if kind_name in FLOAT_DTYPES:
-        return read_floats(path, offset, shape, FLOAT_DTYPES[kind_name], name)
+        return read_numbers(path, offset, shape, FLOAT_DTYPES[kind_name], name)
     kind, number = _KINDS_BY_NAME[kind_name], GGMLQuantizationType[kind_name]
     array = np.empty(math.prod(shape), np.float32)
     num_blocks = min(_MAX_PIECE, max(_MIN_PIECE, array.size // 24)) // kind.block_len

@@ -223,9 +223,8 @@ def _refuse_unsupported(architecture: Architecture, whole: Fields, fields: Field
     name = "query_pre_attn_scalar"
     if fields.has(name) and name not in architecture.defaults:
         raise fields.error(name, "it is not supported for this architecture")
-    for place in (whole, fields):
-        if place.has("quantization_config"):
-            raise place.error("quantization_config", "only plain floats are supported in a folder")
+    if architecture.has_vision and fields.has("quantization_config"):
+        raise fields.error("quantization_config", f"it must stand in {whole.source} itself")
 
 
 def _read_query_scale(fields: Fields, head_width: int) -> float | None:

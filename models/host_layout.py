@@ -3,12 +3,9 @@
 import numpy as np
 
 from pallasite.models.errors import ConfigError
-from pallasite.models.forms import Form
 from pallasite.models.partition import Axis, Partition
-from pallasite.models.quantize import QuantizedTensor, quantize
+from pallasite.models.quantize import QuantizedTensor, Stored, quantize
 from pallasite.models.weights import Declared, Matrix, source_of
-
-Stored = np.ndarray | QuantizedTensor
 
 
 def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> dict[str, np.ndarray]:
@@ -25,7 +22,7 @@ def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> dict[str,
     layouts = [partition.axis(axis, size) for axis, size in zip(axes, tensor.shape, strict=True)]
     form = weight.form if isinstance(weight, Matrix) else None
     if isinstance(tensor, QuantizedTensor):
-        if form is not None and _is_stored_so(tensor, form):
+        if form is not None and tensor.has_form(form):
             return _parts(_lay_out_quantized(tensor, layouts, source.pattern_name))
         tensor = tensor.dequantize()
     for dim, layout in enumerate(layouts):
@@ -41,16 +38,17 @@ def pack(values: np.ndarray, group: int) -> np.ndarray:
     return (halves[:, :, 0] | halves[:, :, 1] << 4).reshape(values.shape[0], -1)
 
 
+def unpack(packed: np.ndarray, group: int) -> np.ndarray:
+    """Undoes `pack`."""
+    halves = packed.reshape(packed.shape[0], -1, 1, group // 2)
+    return np.concatenate((halves & 15, halves >> 4), axis=2).reshape(packed.shape[0], -1)
+
+
 def _rows(tensor: Stored, start: int, stop: int) -> Stored:
     if isinstance(tensor, QuantizedTensor):
         minimums = None if tensor.minimums is None else tensor.minimums[start:stop]
         return QuantizedTensor(tensor.values[start:stop], tensor.scales[start:stop], minimums)
     return tensor[start:stop]
-
-
-def _is_stored_so(tensor: QuantizedTensor, form: Form) -> bool:
-    kind = {"u1": "int4", "i1": "int8"}.get(tensor.values.dtype.str[1:], "fp8")
-    return kind == form.kind and tensor.group == (form.group or tensor.shape[1])
 
 
 def _lay_out_quantized(tensor: QuantizedTensor, layouts: list[Axis], name: str) -> QuantizedTensor:

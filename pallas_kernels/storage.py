@@ -6,6 +6,7 @@ is at hand decides, so nothing else has to be passed along.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int8
 
@@ -36,11 +37,13 @@ def decode(held: jax.Array) -> jax.Array:
 def quantize_rows(values: Float[Array, "*r n"]) -> tuple[Int8[Array, "*r n"], Float[Array, "*r"]]:
     """Rounds each row to int8 with a scale of its own; returns them so that values = rows * scale.
 
-    The largest magnitude of a row becomes 127 or -127; a row of zeros has a scale of 0.
+    The largest magnitude of a row becomes 127 or -127. A row of zeros has a scale of 0, and so has
+    one whose values are all below 1.5e-36, for which f32 has no scale with a finite inverse.
     """
     values = values.astype(jnp.float32)
-    scales = jnp.max(jnp.abs(values), axis=-1) / 127
-    # A scale below f32's normal numbers is a row of zeros: its inverse would not be finite.
+    # Not a division by 127: compilers make this of one, some do and some do not, and kernels that
+    # write the same rows shall have the same bits.
+    scales = jnp.max(jnp.abs(values), axis=-1) * np.float32(1 / 127)
     is_zero = scales < jnp.finfo(jnp.float32).tiny
     inverse = jnp.where(is_zero, 0.0, 1 / jnp.where(is_zero, 1.0, scales))
     rows = jnp.round(values * inverse[..., None]).astype(jnp.int8)

@@ -9,12 +9,19 @@ import sys
 from collections.abc import Sequence
 
 from pallasite.engine.errors import ConfigError, ErrorCode, RequestError
-from pallasite.server import command_evaluate, command_model, command_serve, command_text
+from pallasite.server import (
+    command_evaluate,
+    command_model,
+    command_quantize,
+    command_serve,
+    command_text,
+)
 from pallasite.server.arguments import parse
 
 _COMMANDS = {
     "pull": command_model.pull,
     "info": command_model.info,
+    "quantize": command_quantize.quantize,
     "serve": command_serve.serve,
     "demo": command_serve.demo,
     "generate": command_text.generate,

@@ -23,6 +23,7 @@ from pallasite.server.flags import (
     IDS,
     LIMIT_FLAGS,
     QUEUE_FLAGS,
+    RULES,
     SAMPLING_FLAGS,
     SECONDS,
     SERVER_FLAGS,
@@ -157,6 +158,27 @@ def build_parser() -> Parser:
         help="tokens that are predicted from one another at most (default: 512)",
     )
     _add_engine_flags(evaluate)
+
+    quantize = commands.add_parser(
+        "quantize", help="write a checkpoint with its weights in other forms"
+    )
+    quantize.add_argument("model", metavar="SRC", help=_MODEL_HELP)
+    quantize.add_argument("out", metavar="OUT", type=Path, help="a new folder")
+    quantize.add_argument(
+        "--rules",
+        type=RULES,
+        metavar=RULES.metavar,
+        required=True,
+        help="the form of the weights whose names a pattern is found in, as in"
+        " 'mlp=int4:64;self_attn=int8'; a form alone is every layer's (required)",
+    )
+    quantize.add_argument(
+        "--smooth",
+        type=FILE,
+        metavar="FILE",
+        help="fold the sizes of inputs, as they are on this text, into norms and weights, which"
+        " w8a8 needs; - is standard input (default: no smoothing)",
+    )
 
     info = commands.add_parser(
         "info", help="a model's sizes and memory plan, and what would run it"

@@ -69,7 +69,7 @@ def evaluate(args: argparse.Namespace) -> int:
     """Prints a model's perplexity on a text and, with --against, how it differs from another's."""
     path, config = locate(args.model), engine_config(args)
     tokenizer = load_tokenizer(path)
-    windows = cut(_read(args.text), tokenizer, args.window)
+    windows = cut(read_text(args.text, "--text"), tokenizer, args.window)
     result: dict[str, object] = {"num_windows": len(windows)}
     model = _predict(path, config, windows)
     result |= {"num_tokens": len(model.logprobs), "perplexity": model.perplexity}
@@ -110,6 +110,22 @@ def cut(text: str, tokenizer: Tokenizer, window: int) -> list[list[int]]:
     return windows
 
 
+def read_text(path: Path, flag: str) -> str:
+    """Returns a file's text, or standard input's for "-". Raises ConfigError naming the flag."""
+    try:
+        content = sys.stdin.buffer.read() if str(path) == "-" else path.read_bytes()
+        return content.decode()
+    except OSError as error:
+        raise ConfigError(
+            f"got {flag} {path.name!r}, which cannot be read ({error.strerror}); allowed is a text"
+            " in UTF-8; check its name and rights"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"got {flag} {path.name!r}, which is not UTF-8; it must be; convert it"
+        ) from error
+
+
 def _predict(path: Path, config: EngineConfig, windows: list[list[int]]) -> Predictions:
     longest = max(map(len, windows))
     progress = progress_printer()
@@ -124,20 +140,6 @@ def _predict(path: Path, config: EngineConfig, windows: list[list[int]]) -> Pred
     logprobs = [value for scores in scored for value in scores.logprobs[1:] if value is not None]
     top = [places[0][0] for scores in scored for places in scores.top[:-1]]
     return Predictions(logprobs=np.array(logprobs, np.float64), top=np.array(top))
-
-
-def _read(path: Path) -> str:
-    try:
-        return sys.stdin.buffer.read().decode() if str(path) == "-" else path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(
-            f"got --text {path.name!r}, which cannot be read ({error.strerror}); allowed is a text"
-            " in UTF-8; check its name and rights"
-        ) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"got --text {path.name!r}, which is not UTF-8; it must be; convert it"
-        ) from error
 
 
 def _show(model: Predictions, result: dict[str, object]) -> None:

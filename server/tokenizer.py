@@ -19,17 +19,22 @@ from pallasite.server.tokenizer_gguf import build_from_gguf
 from pallasite.server.tokenizer_hf import build_from_folder
 from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, check_text
 
+TOKENIZER_GGUF = "tokenizer.gguf"
+"""A GGUF file of a tokenizer's settings alone."""
+
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 def load_tokenizer(path: Path) -> "Tokenizer":
     """Loads the tokenizer of a Hugging Face folder or a GGUF file.
 
+    A folder that `pallasite quantize` made of a GGUF file has its tokenizer in TOKENIZER_GGUF.
     Raises ConfigError (the command line exits with 2) where it is missing, damaged or of a kind
     that is not known.
     """
-    if path.is_dir():
+    if path.is_dir() and not (path / TOKENIZER_GGUF).is_file():
         return Tokenizer(build_from_folder(path))
+    path = path / TOKENIZER_GGUF if path.is_dir() else path
     return Tokenizer(build_from_gguf(GgufFile(path).metadata))
 
 

@@ -70,3 +70,16 @@ def test_a_bad_flag_ends_with_2_and_three_parts():
     assert done.returncode == 2
     assert done.stderr.startswith("benchmarks: got --goodput 'speed:3'; allowed is ")
     assert done.stdout == ""
+
+
+def test_adapters_cost_what_their_steps_take(model, tmp_path, compile_cache):
+    flags = ("--num-adapters", "2", "--rank", "2", "--rounds", "1", "--output-len", "6")
+    result, text = run_benchmark(
+        "adapters", model, tmp_path / "out.json", *flags, cache=compile_cache
+    )
+    assert list(result["ratio"]) == ["no room for adapters", "room, none in use", "2 in use"]
+    base = result["step_s"]["no room for adapters"]["median"]
+    for name, spread in result["step_s"].items():
+        assert len(spread["runs"]) == 4
+        assert result["ratio"][name] == pytest.approx(spread["median"] / base)
+    assert f"with 2 adapters: {max(result['ratio'].values()):.3f}" in text

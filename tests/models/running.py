@@ -50,6 +50,10 @@ class Program:
         )
         self._step = jax.jit(step, donate_argnums=1)
 
+    def use(self, model: Decoder) -> None:
+        """Takes another model's weights, of the same shapes, in place of its own."""
+        self._model = model
+
     def reset(self) -> None:
         """Empties the cache."""
         self.cache = self._spec.allocate(self._mesh)

@@ -2,10 +2,11 @@
 
 import json
 
+import ml_dtypes
 import numpy as np
 import pytest
 
-from pallasite.models.checkpoint_safetensors import SafetensorsFile
+from pallasite.models.checkpoint_safetensors import NUMBERS, SafetensorsFile
 from pallasite.models.errors import CheckpointError
 
 
@@ -76,3 +77,34 @@ def test_odd_but_valid_safetensors_are_read(tmp_path):
     assert file.read("b").shape == ()
     assert file.read("b") == 3.0
     assert file.read("empty").shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "stored"),
+    [
+        ("I64", np.int64),
+        ("I32", np.int32),
+        ("I8", np.int8),
+        ("U8", np.uint8),
+        ("F8_E4M3", ml_dtypes.float8_e4m3fn),
+    ],
+)
+def test_types_of_quantized_weights_are_read_where_they_are_asked_for(tmp_path, dtype, stored):
+    values = np.array([5, 0, 1, 120, 96]).astype(stored)
+    path = tmp_path / "x.safetensors"
+    header = {"w": entry(shape=[5], dtype=dtype, offsets=[0, values.nbytes])}
+    path.write_bytes(safetensors_bytes(header, values.tobytes()))
+    with pytest.raises(CheckpointError, match=f"'w' of type '{dtype}'.*F32, F16, BF16;"):
+        SafetensorsFile(path)
+    read = SafetensorsFile(path, NUMBERS).read("w")
+    assert read.dtype == stored
+    np.testing.assert_array_equal(read, values)
+
+
+@pytest.mark.parametrize("octet", [0x7F, 0xFF])
+def test_an_fp8_nan_is_named(tmp_path, octet):
+    path = tmp_path / "x.safetensors"
+    header = {"w": entry(shape=[3], dtype="F8_E4M3", offsets=[0, 3])}
+    path.write_bytes(safetensors_bytes(header, bytes([0x7E, octet, 0xFE])))
+    with pytest.raises(CheckpointError, match=r"got 1 values.*'w'"):
+        SafetensorsFile(path, NUMBERS).read("w")

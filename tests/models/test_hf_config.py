@@ -252,7 +252,6 @@ def test_the_attention_factor_of_long_rope(factor, context_len, expected):
             {"rope_scaling": {"rope_type": "linear", "factor": 4.0}},
             "rope_parameters.*agree",
         ),
-        ("gemma3-with-vision", {"quantization_config": {}}, "quantization_config"),
         ("gemma3-with-vision", {"text_config": {"quantization_config": {}}}, "quantization_config"),
         ("gemma3-with-vision", {"text_config": 3}, "text_config=3"),
         ("phi3-long-rope", {"original_max_position_embeddings": None}, "no 'original_max_position"),

@@ -4,6 +4,7 @@ Also what a case of the op is made of: each request's whole sequence of keys and
 pages that they lie in. Shares no code with the op.
 """
 
+from copy import copy
 from dataclasses import dataclass, replace
 
 import ml_dtypes
@@ -49,11 +50,13 @@ class Sequence:
 
     Attributes:
         q: [t, N, H], the queries of its last t positions; t may be 0.
-        kv: [S, K, 2, H], keys and values of the whole sequence, as the cache's type holds them.
+        given: [S, K, 2, H], keys and values of the whole sequence, before they are rounded.
+        kv: the same as the cache's type gives them back.
         pages: where positions [m * page, (m + 1) * page) lie.
     """
 
     q: np.ndarray
+    given: np.ndarray
     kv: np.ndarray
     pages: tuple[int, ...]
 
@@ -75,35 +78,66 @@ class Sequence:
         return replace(self, kv=self.kv[keep])
 
 
+class Cache:
+    """A cache in numpy: values [L, P, K, 2, page, H] and, for int8, scales [L, P, K, 2, page].
+
+    It begins as poison: NaN, or 127 with scales of NaN.
+    """
+
+    def __init__(self, shape: tuple[int, ...], held_as: np.dtype) -> None:
+        self.scales = None
+        if held_as == np.int8:
+            self.values = np.full(shape, 127, np.int8)
+            self.scales = np.full(shape[:-1], np.nan, np.float32)
+        else:
+            self.values = held(np.full(shape, np.nan, np.float32), held_as)[0]
+
+    def copy(self) -> "Cache":
+        other = copy(self)
+        other.values = self.values.copy()
+        other.scales = None if self.scales is None else self.scales.copy()
+        return other
+
+    def write(self, layer: int, sequence: Sequence, start: int, end: int) -> None:
+        """Puts the positions from start to end of a sequence where its pages say."""
+        page_size = self.values.shape[4]
+        for position in range(start, end):
+            page, row = sequence.pages[position // page_size], position % page_size
+            values, scales = held(sequence.given[position], self.values.dtype)
+            self.values[layer, page, :, :, row] = values
+            if self.scales is not None:
+                self.scales[layer, page, :, :, row] = scales
+
+
 def rounded(values: np.ndarray, held_as: np.dtype) -> np.ndarray:
-    """Returns f32 values as a cache of this dtype gives them back."""
+    """Returns f32 values [..., H] as a cache of this dtype gives them back."""
     if held_as == np.float32:
-        return values.astype(np.float32)
+        return values
+    if held_as == np.int8:
+        rows, scales = held(values, held_as)
+        return rows.astype(np.float32) * scales[..., None]
     return values.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
-def held(values: np.ndarray, held_as: np.dtype) -> np.ndarray:
-    """Returns values as the cache's dtype holds them: uint16 means the bits of bfloat16."""
+def held(values: np.ndarray, held_as: np.dtype) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns f32 values [..., H] as the cache's dtype holds them, with each row's scale for int8.
+
+    uint16 means the bits of bfloat16. The largest of a row becomes 127 or -127.
+    """
+    if held_as == np.int8:
+        scales = np.abs(values).max(axis=-1) * np.float32(1 / 127)
+        inverse = np.float32(1) / np.where(scales == 0, np.float32(1), scales)
+        return np.round(values * inverse[..., None]).astype(np.int8), scales
     if held_as == np.uint16:
-        return values.astype(ml_dtypes.bfloat16).view(np.uint16)
-    return values.astype(held_as)
+        return values.astype(ml_dtypes.bfloat16).view(np.uint16), None
+    return values.astype(held_as), None
 
 
-def poisoned_cache(shape: tuple[int, ...], held_as: np.dtype) -> np.ndarray:
-    """Returns a cache [L, P, K, 2, page, H] of NaN."""
-    return held(np.full(shape, np.nan, np.float32), held_as)
-
-
-def write(
-    cache: np.ndarray, layer: int, sequence: Sequence, start: int, end: int, page_size: int
-) -> None:
-    """Puts the positions from start to end of a sequence where its pages say, in place."""
-    for position in range(start, end):
-        page = sequence.pages[position // page_size]
-        row = held(sequence.kv[position], cache.dtype)
-        cache[layer, page, :, :, position % page_size] = row
-
-
-def bits(array: np.ndarray) -> np.ndarray:
-    """Returns the array as unsigned integers, so that NaN compares."""
-    return array.view({2: np.uint16, 4: np.uint32}[array.dtype.itemsize])
+def assert_same_bits(ours: Cache, theirs: Cache) -> None:
+    """Compares two caches bit by bit, so that NaN compares; ours may be any object of the kind."""
+    assert (ours.scales is None) == (theirs.scales is None)
+    for name in ("values",) if ours.scales is None else ("values", "scales"):
+        own, other = (np.asarray(getattr(cache, name)) for cache in (ours, theirs))
+        assert (own.dtype, own.shape) == (other.dtype, other.shape)
+        unsigned = {1: np.uint8, 2: np.uint16, 4: np.uint32}[own.dtype.itemsize]
+        np.testing.assert_array_equal(own.view(unsigned), other.view(unsigned), err_msg=name)

@@ -4,8 +4,10 @@ Whatever a batch does not own is NaN: pages of nobody, rows beyond a sequence's 
 page table beyond its pages. So a read that should not count shows in the output, and a write that
 should not happen shows in the cache, which is compared bit by bit.
 
+An int8 cache holds nothing that is NaN: there its scales are.
+
 Tolerance: keys and values are rounded to the cache's type on both sides, and scores and sums are
-f32, so both types of cache are held to f32's. A score of N(0, 1) inputs has an error of some eps *
+f32, so all types of cache are held to f32's. A score of N(0, 1) inputs has an error of some eps *
 sqrt(H), an output that of its scores times its values: 64 eps times the largest value covers it,
 and the measured error is a few eps. Widen it only for a body that rounds probabilities to bfloat16.
 
@@ -17,6 +19,7 @@ up for the three commonest faults by asking for a difference far above the toler
 """
 
 import re
+from dataclasses import replace
 
 import hypothesis.strategies as st
 import jax
@@ -40,6 +43,7 @@ MAX_LEN = 320
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 BITS = np.dtype(np.uint16)
 FLOAT32 = np.dtype(np.float32)
+INT8 = np.dtype(np.int8)
 
 jitted = jax.jit(paged_attention, static_argnames="config")
 
@@ -57,6 +61,10 @@ class Setting:
         self.num_pages = B * self.num_columns + 3
         self.name = f"T{T}-K{K}-G{G}-H{H}-page{page}-{dtype}-{window}-{soft_cap}"
 
+    def poisoned_cache(self):
+        shape = (L, self.num_pages, self.K, 2, self.page, self.H)
+        return oracle.Cache(shape, self.dtype)
+
 
 MIXED = [
     Setting(T=150, K=1, G=1, H=16, page=16, dtype=FLOAT32),
@@ -64,10 +72,13 @@ MIXED = [
     Setting(T=150, K=1, G=4, H=64, page=4, dtype=FLOAT32, window=37),
     Setting(T=30, K=3, G=1, H=16, page=32, dtype=BITS, window=130, soft_cap=2.0),
     Setting(T=150, K=1, G=3, H=16, page=16, dtype=BFLOAT16, soft_cap=5.0),
+    Setting(T=150, K=3, G=2, H=16, page=16, dtype=INT8),
+    Setting(T=30, K=1, G=3, H=64, page=4, dtype=INT8, window=37),
 ]
 DECODE = [
     Setting(T=B, K=3, G=3, H=64, page=16, dtype=FLOAT32, window=20),
     Setting(T=B, K=1, G=3, H=16, page=16, dtype=BITS),
+    Setting(T=B, K=3, G=2, H=64, page=16, dtype=INT8),
 ]
 
 
@@ -88,25 +99,25 @@ class Case:
         for num_new, kv_len in lens:
             q = rng.standard_normal((num_new, N, H)).astype(np.float32)
             kv = rng.standard_normal((kv_len, K, 2, H)).astype(np.float32)
+            if kv_len > 1:
+                kv[rng.integers(kv_len)] = 0  # an int8 cache has a scale of 0 for it
             pages = [int(free.pop()) for _ in range(-(-kv_len // page))]
             if len(self.sequences) == 1 and num_shared:
                 pages[:num_shared] = self.sequences[0].pages[:num_shared]
                 shared = num_shared * page
-                kv[:shared] = self.sequences[0].kv[:shared]
-            kv = oracle.rounded(kv, setting.dtype)
-            self.sequences.append(oracle.Sequence(q=q, kv=kv, pages=tuple(pages)))
+                kv[:shared] = self.sequences[0].given[:shared]
+            held = oracle.rounded(kv, setting.dtype)
+            self.sequences.append(oracle.Sequence(q=q, given=kv, kv=held, pages=tuple(pages)))
         self._rng = rng
 
     def call(self):
         """Returns the op's output and cache, and the cache as it must be, all as numpy."""
         setting, rng = self.setting, self._rng
-        before = oracle.poisoned_cache(
-            (L, setting.num_pages, setting.K, 2, setting.page, setting.H), setting.dtype
-        )
+        before = setting.poisoned_cache()
         after = before.copy()
         for s in self.sequences:
-            oracle.write(before, self.layer, s, 0, s.num_old, setting.page)
-            oracle.write(after, self.layer, s, 0, len(s.kv), setting.page)
+            before.write(self.layer, s, 0, s.num_old)
+            after.write(self.layer, s, 0, len(s.kv))
 
         counts = [s.num_new for s in self.sequences]
         total, T = sum(counts), setting.T
@@ -124,7 +135,7 @@ class Case:
             span = slice(start, start + s.num_new)
             positions[span] = np.arange(s.num_old, len(s.kv))
             q[span] = s.q
-            kv_new[span] = s.kv[s.num_old :]
+            kv_new[span] = s.given[s.num_old :]
         ragged = Ragged(
             positions=jnp.asarray(positions),
             kv_lens=jnp.asarray(kv_lens),
@@ -136,12 +147,12 @@ class Case:
         out, cache = jitted(
             jnp.asarray(q),
             jnp.asarray(kv_new),
-            PagedCache(values=jnp.asarray(before)),
+            on_device(before),
             jnp.asarray(self.layer, jnp.int32),
             ragged,
             setting.config,
         )
-        return np.asarray(out), np.asarray(cache.values), after
+        return np.asarray(out), cache, after
 
     def expected(self, **changes):
         """Returns f64 [t, N, H] of all requests in turn."""
@@ -171,7 +182,12 @@ class Case:
         assert out.dtype == np.float32
         assert np.isfinite(out).all()
         np.testing.assert_allclose(out[: len(expected)], expected, rtol=0, atol=self.tolerance)
-        np.testing.assert_array_equal(oracle.bits(cache), oracle.bits(after))
+        oracle.assert_same_bits(cache, after)
+
+
+def on_device(cache):
+    scales = None if cache.scales is None else jnp.asarray(cache.scales)
+    return PagedCache(values=jnp.asarray(cache.values), scales=scales)
 
 
 @st.composite
@@ -244,15 +260,14 @@ def test_decode_batches(setting):
     run()
 
 
-def test_chunks_of_a_prompt_give_what_one_pass_gives():
+@pytest.mark.parametrize("setting", [MIXED[0], MIXED[5]], ids=lambda s: s.name)
+def test_chunks_of_a_prompt_give_what_one_pass_gives(setting):
     """A prompt in chunks of 1, 47, 63 and 39, each continuing the cache that the last one left."""
-    setting = MIXED[0]
     whole = Case(setting, [(150, 150)], 0, seed=7)
     sequence = whole.sequences[0]
     pages = np.full((B, setting.num_columns), setting.num_pages, np.int32)
     pages[0, : len(sequence.pages)] = sequence.pages
-    shape = (L, setting.num_pages, 1, 2, setting.page, 16)
-    cache = PagedCache(values=jnp.asarray(oracle.poisoned_cache(shape, setting.dtype)))
+    cache = on_device(setting.poisoned_cache())
     outs = []
     start = 0
     for num_new in (1, 47, 63, 39):
@@ -268,7 +283,7 @@ def test_chunks_of_a_prompt_give_what_one_pass_gives():
         )
         out, cache = jitted(
             jnp.asarray(np.pad(sequence.q[span], pad)),
-            jnp.asarray(np.pad(sequence.kv[span], (*pad, (0, 0)))),
+            jnp.asarray(np.pad(sequence.given[span], (*pad, (0, 0)))),
             cache,
             jnp.asarray(whole.layer, jnp.int32),
             ragged,
@@ -278,7 +293,7 @@ def test_chunks_of_a_prompt_give_what_one_pass_gives():
         start = span.stop
     np.testing.assert_allclose(np.concatenate(outs), whole.expected(), rtol=0, atol=whole.tolerance)
     _, in_one_pass, _ = whole.call()
-    np.testing.assert_array_equal(oracle.bits(np.asarray(cache.values)), oracle.bits(in_one_pass))
+    oracle.assert_same_bits(cache, in_one_pass)
 
 
 def test_a_wrong_attention_would_be_seen():
@@ -301,6 +316,34 @@ def test_a_wrong_attention_would_be_seen():
     wrong["a lost page"] = case.expected()
     for fault, values in wrong.items():
         assert np.abs(values - right).max() > 1000 * case.tolerance, fault
+
+
+def test_wrong_scales_would_be_seen():
+    """The tolerance is far below what a neighbour's scales, a key's for a value or none come to."""
+    setting = MIXED[5]
+    case = Case(setting, [(1, 200), (1, 30), (100, 150)], 2, seed=3)
+    out, _, _ = case.call()
+    right, sequences = case.expected(), case.sequences
+    assert np.abs(out[: len(right)] - right).max() <= case.tolerance
+
+    def expected_with(change):
+        case.sequences = []
+        for s in sequences:
+            rows, scales = oracle.held(s.given, INT8)
+            case.sequences.append(replace(s, kv=rows * change(scales)[..., None]))
+        return case.expected()
+
+    np.testing.assert_array_equal(expected_with(lambda scales: scales), right)
+    wrong = {
+        "the scales of the row before": expected_with(lambda scales: np.roll(scales, 1, axis=0)),
+        "another head's": expected_with(lambda scales: np.roll(scales, 1, axis=1)),
+        "keys' for values and values' for keys": expected_with(lambda scales: scales[..., ::-1]),
+        "one for all": expected_with(lambda scales: np.full_like(scales, scales.max())),
+    }
+    case.sequences = [replace(s, kv=s.given) for s in sequences]
+    wrong["not rounded"] = case.expected()
+    for fault, values in wrong.items():
+        assert np.abs(values - right).max() > 100 * case.tolerance, fault
 
 
 def one_token():

@@ -36,7 +36,7 @@ class Forward:
     ) -> None:
         self._size = size
         checkpoint = open_checkpoint(path)
-        devices = make_mesh(mesh or MeshShape(), jax.devices("cpu"))
+        self._devices = devices = make_mesh(mesh or MeshShape(), jax.devices("cpu"))
         model = load(checkpoint, form, mesh=devices, rules=rules)
         self.config = checkpoint.config
         num_columns = MAX_LEN // CPU.page_size
@@ -51,6 +51,10 @@ class Forward:
         # The text's pages lie anywhere but in order.
         pages = np.random.default_rng(0).permutation(num_pages).astype(np.int32)
         self._page_table = jnp.asarray(pages.reshape(NUM_ROWS, num_columns))
+
+    def use(self, path: Path) -> None:
+        """Takes the weights of another checkpoint, which differs in nothing else."""
+        self._program.use(load(open_checkpoint(path), "f32", mesh=self._devices))
 
     def logits(self, token_ids: np.ndarray, chunks: Sequence[int]) -> np.ndarray:
         """Returns f32 [T, V], the text being fed in chunks; one of a single token is a decode."""

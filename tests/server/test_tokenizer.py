@@ -315,10 +315,12 @@ def test_a_vocabulary_as_large_as_gemmas_is_built_in_seconds():
         "from pallasite.server.tokenizer_gguf import build_from_gguf\n"
         "from tests.server.tiny_tokenizers import NORMAL, sentencepiece_metadata\n"
         "metadata = sentencepiece_metadata()\n"
-        "words = map(''.join, itertools.product('abcdehlorst', repeat=6))\n"
-        "seen = dict.fromkeys(word[:n] for word in words for n in range(2, 7))\n"
         "tokens = metadata['tokenizer.ggml.tokens']\n"
-        "more = [word for word in seen if word not in tokens][: 262_144 - len(tokens)]\n"
+        "by_length = (itertools.product('abcehlorst', repeat=n) for n in range(2, 7))\n"
+        "words = map(''.join, itertools.chain.from_iterable(by_length))\n"
+        "known = set(tokens)\n"
+        "new = (word for word in words if word not in known)\n"
+        "more = [*itertools.islice(new, 262_144 - len(tokens))]\n"
         "metadata['tokenizer.ggml.token_type'] += [NORMAL] * len(more)\n"
         "metadata['tokenizer.ggml.scores'] += [-float(i) for i in range(len(more))]\n"
         "tokens += more\n"
@@ -331,6 +333,7 @@ def test_a_vocabulary_as_large_as_gemmas_is_built_in_seconds():
     )
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     seconds, mib = map(float, done.stdout.split())
+    print(f"262,144 pieces: {seconds:.1f} s of CPU, {mib:.0f} MiB")
     assert seconds < 10
     assert mib < 800
 
