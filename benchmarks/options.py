@@ -112,7 +112,8 @@ def serve_flags(config: EngineConfig) -> list[str]:
     flags = ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
     for flag in ENGINE_FLAGS:
         if (value := getattr(config, flag.field)) is not None:
-            flags += [flag_name(EngineConfig, flag), str(value)]
+            assert flag.kind is not None
+            flags += [flag_name(EngineConfig, flag), flag.kind.show(value)]
     return flags
 
 

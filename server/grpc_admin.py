@@ -2,7 +2,8 @@
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -103,14 +104,18 @@ class AdminService:
         self, request: pb.LoadAdapterRequest, call: Call
     ) -> pb.LoadAdapterResponse:
         """Loads an adapter."""
-        if not request.folder:
+        if not request.folder or "\0" in request.folder:
             raise RequestError(
-                "got no folder; it must be a PEFT adapter's on this machine; name one",
+                "got no folder, or a NUL in its name; it must be a PEFT adapter's on this machine;"
+                " name one",
                 field="folder",
             )
         try:
-            # It reads files and waits for the step that runs.
-            await asyncio.to_thread(self._engine.load_adapter, request.name, Path(request.folder))
+            with _named():
+                # It reads files and waits for the step that runs.
+                await asyncio.to_thread(
+                    self._engine.load_adapter, request.name, Path(request.folder)
+                )
         except ConfigError as error:
             raise RequestError(str(error), field="folder") from error
         return pb.LoadAdapterResponse()
@@ -119,8 +124,19 @@ class AdminService:
         self, request: pb.UnloadAdapterRequest, call: Call
     ) -> pb.UnloadAdapterResponse:
         """Takes an adapter's name away."""
-        await asyncio.to_thread(self._engine.unload_adapter, request.name)
+        with _named():
+            await asyncio.to_thread(self._engine.unload_adapter, request.name)
         return pb.UnloadAdapterResponse()
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """Names the field of an error raised inside as Admin's messages do: an adapter is a `name`."""
+    try:
+        yield
+    except RequestError as error:
+        field = "name" if error.field == "adapter" else error.field
+        raise RequestError(str(error), code=error.code, field=field) from error
 
 
 class _Profile:

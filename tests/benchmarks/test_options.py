@@ -8,6 +8,7 @@ import pytest
 from benchmarks.options import Workload, serve_flags
 from pallasite.engine.config import EngineConfig
 from pallasite.models.errors import ConfigError
+from pallasite.models.sharding import MeshShape
 from pallasite.server.arguments import engine_config, parse
 
 
@@ -57,6 +58,9 @@ def test_a_load_that_cannot_be_is_refused(fault):
 def test_a_server_gets_the_whole_engine_config(tmp_path, has_cache):
     config = EngineConfig(
         weights="f32",
+        quantize=(("mlp", "int4:64"), ("self_attn|lm_head", "int8")),
+        cache="int8",
+        mesh=MeshShape(data=2, model=4),
         max_requests=4,
         max_context_len=256,
         max_batch_tokens=64,

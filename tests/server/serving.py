@@ -1,4 +1,4 @@
-"""A server over the fake engine, and a client of it, for the length of a `with` block."""
+"""A server over the fake engine or a real one, and a client of it, while a `with` block lasts."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -6,10 +6,11 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import grpc
+import pytest
 
 from pallasite.proto import admin_pb2_grpc, control_pb2_grpc, inference_pb2_grpc
 from pallasite.server.chat_template import ChatTemplate
-from pallasite.server.client import AsyncClient, RetryPolicy
+from pallasite.server.client import AsyncClient, RetryPolicy, bad_fields
 from pallasite.server.config import ServerConfig
 from pallasite.server.grpc_server import GrpcServer
 from pallasite.server.tokenizer import load_tokenizer
@@ -68,6 +69,53 @@ async def serving(
             await admin.close()
         await server.stop()
         engine.close()
+
+
+@asynccontextmanager
+async def serving_engine(engine, folder, *, api_key=None, **config):
+    """Yields server, client, stubs and Admin's stub of a real engine, which stays; at the end every
+    page must be free and nothing may have been compiled."""
+    tokenizer = load_tokenizer(folder)
+    template = ChatTemplate(tokenizer.chat_template, tokenizer)
+    server_config = ServerConfig(model=folder, port=0, admin_port=0, **config)
+    server = GrpcServer(server_config, engine, tokenizer, template)
+    await server.start()
+    policy = RetryPolicy(max_attempts=1)
+    # Another test's engine may have been compiled in this process before.
+    num_compilations = engine.metrics.compilations
+    try:
+        async with (
+            AsyncClient(server.address, api_key=api_key, policy=policy) as client,
+            grpc.aio.insecure_channel(server.address) as channel,
+            grpc.aio.insecure_channel(server.admin_address) as admin,
+        ):
+            yield SimpleNamespace(
+                server=server,
+                client=client,
+                inference=inference_pb2_grpc.InferenceStub(channel),
+                admin=admin_pb2_grpc.AdminStub(admin),
+            )
+        await eventually(lambda: engine.audit().free == engine.audit().total)
+        load = engine.current_load()
+        assert (load.num_running, load.num_waiting, load.num_leased_pages) == (0, 0, 0)
+        assert engine.audit().problems == ()
+        assert engine.metrics.compilations == num_compilations
+        assert engine.metrics.misses == 0
+    finally:
+        await server.stop()
+
+
+async def ids_of(stream):
+    """The token ids of a stream of one completion."""
+    return [token_id async for event in stream for token_id in event.token_ids]
+
+
+async def refused(call, code=grpc.StatusCode.INVALID_ARGUMENT):
+    """The fields that a call was refused for, and its message."""
+    with pytest.raises(grpc.RpcError) as caught:
+        await call
+    assert caught.value.code() is code, caught.value
+    return bad_fields(caught.value), caught.value.details()
 
 
 async def eventually(condition, timeout_s=10.0):

@@ -11,11 +11,11 @@ import pytest
 from pallasite.engine.errors import RequestError
 from pallasite.proto import control_pb2
 from pallasite.proto import inference_pb2 as pb
-from pallasite.server.client import RetryPolicy, SamplingParams, bad_fields, retry_after_s
+from pallasite.server.client import RetryPolicy, SamplingParams, retry_after_s
 from pallasite.server.config import TextLimits
 from pallasite.server.grpc_messages import parse
 from tests.server.fake_engine import FakeEngine
-from tests.server.serving import eventually, serving
+from tests.server.serving import eventually, refused, serving
 
 BAD_SAMPLING = [
     ("max_tokens", {"max_tokens": 0}),
@@ -52,14 +52,6 @@ BAD_SAMPLING = [
     ("stop_token_ids", {"stop_token_ids": [-1]}),
     ("stop_token_ids", {"stop_token_ids": [1] * 17}),
 ]
-
-
-async def refused(call, code=grpc.StatusCode.INVALID_ARGUMENT):
-    """The fields that a call was refused for, and its message."""
-    with pytest.raises(grpc.RpcError) as caught:
-        await call
-    assert caught.value.code() is code, caught.value
-    return bad_fields(caught.value), caught.value.details()
 
 
 async def first(stream):
@@ -119,6 +111,17 @@ async def test_bad_prompts_are_refused_by_name(tmp_path):
             call = s.inference.Generate(request, metadata=metadata)
             fields, _ = await refused(call.read())
             assert fields == [name], request
+        for name in ("none", "x" * 129, "a\nb"):
+            is_name = name == "none"
+            code = grpc.StatusCode.NOT_FOUND if is_name else grpc.StatusCode.INVALID_ARGUMENT
+            for field, call in (
+                ("adapter", first(s.client.generate("ab", adapter=name))),
+                ("request.adapter", s.client.prefill("ab", adapter=name)),
+                ("adapter", s.client.score("ab", adapter=name)),
+            ):
+                fields, text = await refused(call, code)
+                assert fields == [field]
+                assert ("loaded are: none" in text) == is_name
         unknown = pb.GenerateRequest(text="a", model="other")
         fields, text = await refused(
             s.inference.Generate(unknown).read(), grpc.StatusCode.NOT_FOUND

@@ -11,12 +11,9 @@ from pallasite.engine.config import EngineConfig
 from pallasite.engine.engine import Engine
 from pallasite.engine.request import Request
 from pallasite.engine.request import SamplingParams as EngineParams
-from pallasite.server.chat_template import ChatTemplate
-from pallasite.server.client import AsyncClient, RetryPolicy, SamplingParams
-from pallasite.server.config import ServerConfig
-from pallasite.server.grpc_server import GrpcServer
+from pallasite.server.client import SamplingParams
 from pallasite.server.tokenizer import load_tokenizer
-from tests.server.serving import eventually
+from tests.server.serving import eventually, ids_of, serving_engine
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
 GREEDY = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
@@ -39,25 +36,9 @@ def engine(folder, compile_cache):
 
 @asynccontextmanager
 async def client_of(engine, folder):
-    """A client of a server over the engine; at its end every page must be free."""
-    tokenizer = load_tokenizer(folder)
-    template = ChatTemplate(tokenizer.chat_template, tokenizer)
-    server = GrpcServer(ServerConfig(model=folder, port=0), engine, tokenizer, template)
-    await server.start()
-    try:
-        async with AsyncClient(server.address, policy=RetryPolicy(max_attempts=1)) as client:
-            yield client
-        await eventually(lambda: engine.audit().free == engine.audit().total)
-        load = engine.current_load()
-        assert (load.num_running, load.num_waiting, load.num_leased_pages) == (0, 0, 0)
-        assert engine.audit().problems == ()
-        assert (engine.metrics.compilations, engine.metrics.misses) == (0, 0)
-    finally:
-        await server.stop()
-
-
-async def ids_of(stream):
-    return [token_id async for event in stream for token_id in event.token_ids]
+    """A client of a server over the engine."""
+    async with serving_engine(engine, folder) as s:
+        yield s.client
 
 
 async def test_every_way_gives_the_offline_tokens(engine, folder):
