@@ -24,6 +24,7 @@ from pallasite.models.sharding import MeshShape
 from pallasite.models.weights import num_bytes
 from pallasite.pallas_kernels.target import CPU
 from pallasite.server.__main__ import main as pallasite
+from pallasite.server.flags import RULES
 from tests.families import FAMILY_MODELS, FamilyModel
 from tests.family_files import write_family_gguf, write_family_hf
 from tests.parity.figures import Agreement, Scores, chunks_of
@@ -52,20 +53,22 @@ class Kind:
 
     Attributes:
         is_smoothed: whether `pallasite quantize --smooth` made it; else it is made while loading.
+        down: that of the feed-forward's second matrix, where it has another.
         note: what a reader must know of its figures.
     """
 
     name: str
     base: BaseForm = "f32"
     form: str | None = None
+    down: str | None = None
     has_int8_cache: bool = False
     is_smoothed: bool = False
     note: str = ""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        is_loaded_so = self.form is None or self.is_smoothed
-        return () if is_loaded_so else ((EVERY_LAYER, self.form or ""),)
+        down = () if self.down is None else (("down_proj", self.down),)
+        return () if self.form is None else (*down, (EVERY_LAYER, self.form))
 
 
 KINDS = (
@@ -81,6 +84,13 @@ KINDS = (
         form="w8a8",
         is_smoothed=True,
         note="`pallasite quantize --rules w8a8 --smooth docs/architecture.md`",
+    ),
+    Kind(
+        name="w8a8, smoothed, down by group",
+        form="w8a8",
+        down="w8a8:256",
+        is_smoothed=True,
+        note="the same with `--rules 'down_proj=w8a8:256;w8a8'`: recommended",
     ),
     Kind(name="w8a8:64", form="w8a8:64", note="scales by group, for targets whose dot takes them"),
     Kind(name="int4:32", form="int4:32", note="exact: the file itself has these groups (Q4_1)"),
@@ -160,14 +170,15 @@ def _made(path: Path, kind: Kind, folder: Path) -> Path:
     if not kind.is_smoothed:
         return path
     text = OUTPUT.parent / "architecture.md"
-    flags = ["--rules", str(kind.form), "--smooth", str(text)]
+    flags = ["--rules", RULES.show(kind.rules), "--smooth", str(text)]
     assert pallasite(["quantize", str(path), str(folder), *flags]) == 0
     return folder
 
 
 def _scores(path: Path, kind: Kind) -> list[Scores]:
     cache = "int8" if kind.has_int8_cache else None
-    model = Forward(path, kind.base, CHUNK, cache=cache, rules=kind.rules)
+    rules = () if kind.is_smoothed else kind.rules
+    model = Forward(path, kind.base, CHUNK, cache=cache, rules=rules)
     scores = []
     with np.load(Path(__file__).parent / "goldens" / "smollm2.npz") as tokens:
         for name in TEXTS:
@@ -182,8 +193,7 @@ def _perplexity(scores: Sequence[Scores]) -> float:
 
 def _megabytes(path: Path, kind: Kind) -> float:
     config = open_checkpoint(path).config
-    rules = () if kind.form is None else ((EVERY_LAYER, kind.form),)
-    return num_bytes(make_model(config, kind.base, CPU, rules=rules)) / 1e6
+    return num_bytes(make_model(config, kind.base, CPU, rules=kind.rules)) / 1e6
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
