@@ -26,6 +26,9 @@ from pallasite.models.sharding import MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
 from pallasite.pallas_kernels.target import TARGETS
 
+MAX_VIRTUAL_DEVICES = 256
+"""Into how many a CPU is cut at most: a larger mesh is refused, not tried."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
@@ -142,7 +145,8 @@ def devices_for(mesh: MeshShape) -> list[jax.Device]:
     """
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         with contextlib.suppress(RuntimeError):  # JAX has looked already
-            jax.config.update("jax_num_cpu_devices", mesh.num_devices)
+            count = min(mesh.num_devices, MAX_VIRTUAL_DEVICES)
+            jax.config.update("jax_num_cpu_devices", count)
     return jax.devices()
 
 

@@ -42,8 +42,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(str(error), 2)
     except RequestError as error:
         is_users = error.code in (ErrorCode.INVALID_ARGUMENT, ErrorCode.NOT_FOUND)
-        field = f"{error.field}: " if error.field else ""
-        return _complain(f"{field}{error}", 2 if is_users else 1)
+        message, field = str(error), f"{error.field}: " if error.field else ""
+        # The engine's own messages begin with the field.
+        is_named = message.startswith(field)
+        return _complain(message if is_named else field + message, 2 if is_users else 1)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:

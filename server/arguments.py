@@ -186,6 +186,23 @@ def build_parser() -> Parser:
     info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: none)")
     _add_engine_flags(info)
 
+    for command in (serve, demo, generate, chat, score, evaluate):
+        command.add_argument(
+            "--load-adapter",
+            type=ADAPTER,
+            metavar=ADAPTER.metavar,
+            action="append",
+            default=[],
+            help="load a LoRA adapter from a PEFT folder; any number of times (default: none)",
+        )
+    for command in (generate, chat, score, evaluate):
+        command.add_argument(
+            "--adapter",
+            type=TEXT,
+            metavar="NAME",
+            default="",
+            help="use a loaded adapter (default: none)",
+        )
     for command in (generate, chat, score, evaluate, info):
         command.add_argument("--json", action="store_true", help="print the result as JSON (off)")
     return parser
@@ -195,19 +212,19 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine that the flags ask for. Raises ConfigError where they contradict."""
     flags: tuple[Flag, ...] = ENGINE_FLAGS + ADAPTER_FLAGS
     more: dict[str, Any] = {"compile_cache": args.compile_cache}
-    names = [name for name, _ in args.load_adapter]
-    if len(set(names)) != len(names):
-        raise ConfigError("got two --load-adapter of one name; each has its own; rename one")
-    if len(names) > getattr(args, "EngineConfig.max_adapters"):
-        raise ConfigError(
-            f"got {len(names)} --load-adapter and --max-adapters"
-            f" {getattr(args, 'EngineConfig.max_adapters')}; there must be room for each; raise"
-            " --max-adapters"
-        )
     if args.command == "serve":
         flags += QUEUE_FLAGS
         more["limits"] = read_flags(args, Limits, LIMIT_FLAGS)
-    return read_flags(args, EngineConfig, flags, **more)
+    config = read_flags(args, EngineConfig, flags, **more)
+    names = [name for name, _ in args.load_adapter]
+    if len(set(names)) != len(names):
+        raise ConfigError("got two --load-adapter of one name; each has its own; rename one")
+    if len(names) > config.max_adapters:
+        raise ConfigError(
+            f"got {len(names)} --load-adapter and --max-adapters {config.max_adapters}; there must"
+            " be room for each; raise --max-adapters"
+        )
+    return config
 
 
 def engine_flags_given(args: argparse.Namespace) -> list[str]:
@@ -267,14 +284,7 @@ def _default_compile_cache() -> Path:
 def _add_engine_flags(parser: Parser) -> None:
     add_flags(parser, "engine", EngineConfig, ENGINE_FLAGS)
     add_flags(parser, "adapters", EngineConfig, ADAPTER_FLAGS)
-    parser.add_argument(
-        "--load-adapter",
-        type=ADAPTER,
-        metavar=ADAPTER.metavar,
-        action="append",
-        default=[],
-        help="load a LoRA adapter from a PEFT folder; any number of times (default: none)",
-    )
+    parser.set_defaults(load_adapter=[])
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(
         "--compile-cache",
@@ -339,9 +349,6 @@ def _add_sampling_flags(parser: Parser) -> None:
     request = parser.add_argument_group("request")
     request.add_argument(
         "--keep-special-tokens", action="store_true", help="show them in the text (off)"
-    )
-    request.add_argument(
-        "--adapter", type=TEXT, metavar="NAME", default="", help="a loaded adapter (default: none)"
     )
     request.add_argument(
         "--timeout-s", type=SECONDS, metavar="SECONDS", help="end it after (default: never)"

@@ -4,20 +4,20 @@ import argparse
 import asyncio
 import json
 import sys
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.engine import Engine
+from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import ConfigError
 from pallasite.models.pull import locate
 from pallasite.models.sharding import MeshShape
 from pallasite.server.arguments import engine_config
-from pallasite.server.progress import progress_printer
-from pallasite.server.session import EngineSession
+from pallasite.server.session import open_engine
+from pallasite.server.text_request import Scores
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
 
 
@@ -68,22 +68,28 @@ class Comparison:
 def evaluate(args: argparse.Namespace) -> int:
     """Prints a model's perplexity on a text and, with --against, how it differs from another's."""
     path, config = locate(args.model), engine_config(args)
-    tokenizer = load_tokenizer(path)
-    windows = cut(read_text(args.text, "--text"), tokenizer, args.window)
-    result: dict[str, object] = {"num_windows": len(windows)}
-    model = _predict(path, config, windows)
-    result |= {"num_tokens": len(model.logprobs), "perplexity": model.perplexity}
-    if args.against is not None:
-        # What the flags say of forms is what is evaluated; the reference has none of it.
-        plain = replace(
-            config, weights="f32", quantize=(), cache="auto", mesh=MeshShape(), max_adapters=0
+    other = None if args.against is None else locate(args.against)
+    text = read_text(args.text, "--text")
+    windows = cut(text, load_tokenizer(path), args.window)
+    if other is not None and cut(text, load_tokenizer(other), args.window) != windows:
+        raise ConfigError(
+            "got --against with another vocabulary; both models must have the same tokens; choose"
+            " one of the same family"
         )
-        other = locate(args.against)
-        if load_tokenizer(other).vocab_size != tokenizer.vocab_size:
-            raise ConfigError(
-                "got --against with another vocabulary; both models must have the same tokens;"
-                " choose one of the same family"
-            )
+    # What the flags say of forms is what is evaluated; the reference has none of it.
+    plain = replace(
+        config, weights="f32", quantize=(), cache="auto", mesh=MeshShape(), max_adapters=0
+    )
+    _check_context(path, config, windows)
+    if other is not None:
+        _check_context(other, plain, windows)
+    model = _predict(path, config, windows, args.load_adapter, args.adapter)
+    result: dict[str, object] = {
+        "num_windows": len(windows),
+        "num_tokens": len(model.logprobs),
+        "perplexity": model.perplexity,
+    }
+    if other is not None:
         result["against"] = asdict(Comparison.of(model, _predict(other, plain, windows)))
     if args.json:
         print(json.dumps(result))
@@ -98,8 +104,13 @@ def cut(text: str, tokenizer: Tokenizer, window: int) -> list[list[int]]:
     Each begins with what the tokenizer begins a text with, as it would if it came alone.
     """
     ids = tokenizer.encode(text, adds_special_tokens=False, field="text")
-    begin = tokenizer.encode("", adds_special_tokens=True, field="text")
+    begin = list(tokenizer.prefix_ids)
     step = window - len(begin)
+    if step < 1:
+        raise ConfigError(
+            f"got windows of {window} tokens, {len(begin)} of which begin every text; they must be"
+            " longer; raise --window"
+        )
     windows = [begin + ids[start : start + step] for start in range(0, len(ids), step)]
     windows = [tokens for tokens in windows if len(tokens) > max(1, len(begin))]
     if not windows:
@@ -126,17 +137,31 @@ def read_text(path: Path, flag: str) -> str:
         ) from error
 
 
-def _predict(path: Path, config: EngineConfig, windows: list[list[int]]) -> Predictions:
+def _check_context(path: Path, config: EngineConfig, windows: list[list[int]]) -> None:
+    """Raises ConfigError where a window is too long for a model; before anything is loaded."""
     longest = max(map(len, windows))
-    progress = progress_printer()
-    with closing(Engine.load(path, config, progress)) as engine:
-        if longest >= engine.max_context_len:
-            raise ConfigError(
-                f"got --window {longest} for a context of {engine.max_context_len}; it must be"
-                " shorter; lower --window"
-            )
-        with closing(EngineSession(path, engine, progress)) as session:
-            scored = asyncio.run(session.score(windows, 1))
+    context_len = config.max_context_len or open_checkpoint(path).config.context_len
+    if longest >= context_len:
+        raise ConfigError(
+            f"got windows of {longest} tokens in a context of {context_len}; they must be shorter;"
+            " lower --window"
+        )
+
+
+def _predict(
+    path: Path,
+    config: EngineConfig,
+    windows: list[list[int]],
+    adapters: Sequence[tuple[str, Path]] = (),
+    adapter: str = "",
+) -> Predictions:
+    """Predicts with one of the adapters, or with none where `adapter` is empty."""
+
+    async def score() -> list[Scores]:
+        async with open_engine(path, config, adapters) as session:
+            return await session.score(windows, 1, adapter)
+
+    scored = asyncio.run(score())
     logprobs = [value for scores in scored for value in scores.logprobs[1:] if value is not None]
     top = [places[0][0] for scores in scored for places in scores.top[:-1]]
     return Predictions(logprobs=np.array(logprobs, np.float64), top=np.array(top))

@@ -16,6 +16,7 @@ from pallasite.engine.deployment import devices_for, plan_deployment
 from pallasite.engine.planner import memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.sharding import make_mesh
 from pallasite.models.weights import num_bytes
 from pallasite.pallas_kernels.target import TARGETS
 from pallasite.server.arguments import engine_config
@@ -32,6 +33,7 @@ def info(args: argparse.Namespace) -> int:
     """Prints what runs here and, of a model, its sizes and memory plan."""
     config = engine_config(args)
     devices = devices_for(config.mesh)
+    make_mesh(config.mesh, devices)  # one that is too large is refused without a MODEL, too
     target = TARGETS[devices[0].platform]
     facts: dict[str, Any] = {
         "versions": {

@@ -66,7 +66,7 @@ def score(args: argparse.Namespace) -> int:
 
     async def run() -> list[Scores]:
         async with open_session(args) as session:
-            return await session.score([item["ids"] for item in items], _TOP)
+            return await session.score([item["ids"] for item in items], _TOP, args.adapter)
 
     scored = asyncio.run(run())
     if args.json:

@@ -10,6 +10,7 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
+from pallasite.engine.config import EngineConfig
 from pallasite.engine.engine import Engine
 from pallasite.engine.request import Request, SamplingParams, TokenLogprobs
 from pallasite.models.errors import ConfigError
@@ -33,7 +34,9 @@ class Session(Protocol):
         """Yields the events of a request. Raises RequestError where it failed."""
         ...
 
-    async def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scores]:
+    async def score(
+        self, sequences: Sequence[Sequence[int]], top: int, adapter: str
+    ) -> list[Scores]:
         """Scores sequences of token ids. Raises RequestError for the first that failed."""
         ...
 
@@ -61,14 +64,16 @@ class EngineSession:
             async for event in stream:
                 yield event
 
-    async def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scores]:
+    async def score(
+        self, sequences: Sequence[Sequence[int]], top: int, adapter: str
+    ) -> list[Scores]:
         """Scores sequences of token ids together. Raises RequestError for the first that failed."""
         params = SamplingParams(
             max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=top, logprobs=top
         )
 
         async def run(ids: Sequence[int]) -> Scores:
-            request = Request(prompt_ids=tuple(ids), params=params)
+            request = Request(prompt_ids=tuple(ids), params=params, adapter=adapter)
             places: list[TokenLogprobs] = []
             async for event in self._engine.submit(request):
                 places += [place for place in event.prompt_logprobs or () if place is not None]
@@ -107,7 +112,7 @@ def open_session(args: argparse.Namespace) -> AbstractAsyncContextManager[Sessio
                 "got neither MODEL nor --server; one of them is required; name a model, or a"
                 " server that runs"
             )
-        return _open_engine(args)
+        return open_engine(locate(args.model), engine_config(args), args.load_adapter)
     if given := engine_flags_given(args):
         raise ConfigError(
             f"got {given[0]} with --server, whose engine is set up already; it is allowed where"
@@ -117,10 +122,14 @@ def open_session(args: argparse.Namespace) -> AbstractAsyncContextManager[Sessio
 
 
 @asynccontextmanager
-async def _open_engine(args: argparse.Namespace) -> AsyncIterator[Session]:
-    path, progress = locate(args.model), progress_printer()
-    with closing(Engine.load(path, engine_config(args), progress)) as engine:
-        for name, folder in args.load_adapter:
+async def open_engine(
+    path: Path, config: EngineConfig, adapters: Sequence[tuple[str, Path]]
+) -> AsyncIterator[Session]:
+    """A session with an engine of its own, and with adapters from folders, by name. Raises
+    ConfigError where the model or an adapter cannot be loaded."""
+    progress = progress_printer()
+    with closing(Engine.load(path, config, progress)) as engine:
+        for name, folder in adapters:
             engine.load_adapter(name, folder)
         with closing(EngineSession(path, engine, progress)) as session:
             yield session

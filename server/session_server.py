@@ -54,12 +54,14 @@ class ServerSession:
         finally:
             stream.cancel()
 
-    async def score(self, sequences: Sequence[Sequence[int]], top: int) -> list[Scores]:
+    async def score(
+        self, sequences: Sequence[Sequence[int]], top: int, adapter: str
+    ) -> list[Scores]:
         """Scores sequences of token ids. Raises RequestError for the first that failed."""
 
         async def run(ids: Sequence[int]) -> Scores:
             with told_as_request_errors():
-                return _scores(await self._client.score(ids, top=top))
+                return _scores(await self._client.score(ids, top=top, adapter=adapter))
 
         calls = [partial(run, ids) for ids in sequences]
         return await gather_shown(calls, _CALLS_AT_ONCE, "scored", self._progress)

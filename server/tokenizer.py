@@ -43,6 +43,7 @@ class Tokenizer:
 
     Attributes:
         vocab_size: one more than the largest id. A model's embedding may have more rows.
+        prefix_ids: put in front of a prompt that asks for special tokens.
         bos_token_id: the id that begins a sequence, or None.
         eos_token_id: the one that chat templates write as `eos_token`, or None.
         eos_token_ids: ids that end a sequence, as the checkpoint's generation settings say.
@@ -75,6 +76,7 @@ class Tokenizer:
         self._present_bytes = bytes(
             byte for char, byte in _BYTES_BY_CHAR.items() if not parts.is_byte_level or char in ids
         )
+        self.prefix_ids = parts.prefix_ids
         self.bos_token_id = parts.bos_token_id
         self.eos_token_id = parts.eos_token_id
         self.eos_token_ids = parts.eos_token_ids
@@ -93,7 +95,7 @@ class Tokenizer:
         ids = self._encode_first(text, field)
         if not adds_special_tokens:
             return ids
-        return [*self._parts.prefix_ids, *ids, *self._parts.suffix_ids]
+        return [*self.prefix_ids, *ids, *self._parts.suffix_ids]
 
     def encode_inside(self, text: str, *, field: str) -> list[int]:
         """Encodes text as it stands within another, with no space in front but its own.

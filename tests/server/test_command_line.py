@@ -5,14 +5,12 @@ import json
 import math
 import os
 import re
-import signal
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 
-from pallasite.server.__main__ import main
+from tests.server.commands import pallasite, served
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
 IDS = [72, 101, 108, 108, 111, 44, 32, 119, 111, 114, 108, 100]
@@ -30,18 +28,6 @@ def flags(compile_cache):
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs a command line in this process; returns its status, output and error output."""
-
-    def run(*argv):
-        status = main([str(argument) for argument in argv])
-        output = capsys.readouterr()
-        return SimpleNamespace(status=status, out=output.out, err=output.err)
-
-    return run
-
-
-@pytest.fixture
 def sequences(tmp_path):
     items = [{"ids": IDS, "name": "kept"}, {"ids": IDS[:5]}, {"ids": [7]}]
     path = tmp_path / "sequences.json"
@@ -51,20 +37,9 @@ def sequences(tmp_path):
 
 @pytest.fixture(scope="module")
 def server(model, flags):
-    """The address of `pallasite serve` in a process of its own, stopped as an operator would."""
-    command = [sys.executable, "-m", "pallasite.server", "serve", model, "--port", "0", *flags]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        said = []
-        for line in process.stderr:
-            said.append(line)
-            if match := re.search(r"tiny is served on (\S+)", line):
-                break
-        else:
-            pytest.fail("".join(said))
-        yield match[1]
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-        assert process.wait(30) == 0
+    """The address of `pallasite serve`."""
+    with served(model, *flags) as address:
+        yield address
 
 
 def check_scores(out):
@@ -307,8 +282,7 @@ def test_a_truncated_checkpoint_ends_with_status_2_and_no_traceback(model, flags
     folder = write_hf(tmp_path / "cut", TINY, random_tensors(TINY))
     weights = folder / "model.safetensors"
     os.truncate(weights, weights.stat().st_size - 100)
-    command = [sys.executable, "-m", "pallasite.server", "generate", str(folder), "--prompt", "x"]
-    result = subprocess.run([*command, *flags], capture_output=True, text=True, check=False)
+    result = pallasite("generate", folder, "--prompt", "x", *flags)
     assert result.returncode == 2
     last = result.stderr.splitlines()[-1]
     assert re.match(r"pallasite: .*model\.", last)
@@ -317,11 +291,7 @@ def test_a_truncated_checkpoint_ends_with_status_2_and_no_traceback(model, flags
 
 
 def test_demo_serves_chats_and_stops(model, flags):
-    command = [sys.executable, "-m", "pallasite.server", "demo", model]
-    longer = ["--max-context-len", "256"]
-    result = subprocess.run(
-        [*command, *flags, *longer], capture_output=True, text=True, check=False
-    )
+    result = pallasite("demo", model, *flags, "--max-context-len", "256")
     assert result.returncode == 0, result.stderr
     assert result.stdout.startswith("user: In one sentence: what is a meteorite?\nassistant: ")
     assert "tiny is served on 127.0.0.1:" in result.stderr
