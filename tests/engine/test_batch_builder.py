@@ -104,7 +104,7 @@ def test_a_part_without_rows_is_a_batch_of_no_request():
     words = words_of(BatchBuilder({BUCKET: LAYOUT}, 3, 2), [], first, [])
     for shard in (0, 2):
         views = LAYOUT.views(words[shard])
-        minus = {name: views.pop(name) for name in ("bans", "num_logprobs")}
+        minus = {name: views.pop(name) for name in ("bans", "num_logprobs", "adapter_slot")}
         assert all((field == -1).all() for field in minus.values())
         assert {name: field.any() for name, field in views.items()} == dict.fromkeys(views, False)
     assert LAYOUT.views(words[1])["num_requests"] == 2

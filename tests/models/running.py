@@ -59,9 +59,12 @@ class Program:
         self.cache = self._spec.allocate(self._mesh)
 
     def logits(self, token_ids, ragged) -> np.ndarray:
-        """Runs a batch, the same in every data shard; returns f32 [T, V]."""
+        """Runs a batch, the same in every data shard; returns f32 [T, V], the same everywhere."""
         logits, self.cache = self._step(self._model, self.cache, token_ids, ragged)
-        return np.asarray(logits)
+        first, *others = (np.asarray(shard.data) for shard in logits.addressable_shards)
+        for other in others:
+            np.testing.assert_array_equal(first, other)
+        return first
 
 
 def _placements(tree):

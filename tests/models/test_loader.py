@@ -14,7 +14,7 @@ from pallasite.models.loader import check_tensors
 from pallasite.models.registry import make_model
 from pallasite.models.weights import Matrix, declared_weights, named_weights, source_of
 from pallasite.pallas_kernels.target import CPU, GPU
-from tests.models.running import load
+from tests.models.running import load, mesh_of
 from tests.tiny_checkpoints import TINY, random_tensors, write_gguf, write_hf
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
@@ -143,11 +143,11 @@ def test_progress_counts_every_tensor_once():
     assert list(dict.fromkeys(done for done, _ in seen)) == list(range(1, len(tensors) + 1))
 
 
-def peak_bytes(folder, form):
+def peak_bytes(folder, form, mesh=None):
     """The most bytes that Python and numpy held at once while a folder was opened and loaded."""
     tracemalloc.start()
     try:
-        model = load(open_checkpoint(folder), form)
+        model = load(open_checkpoint(folder), form, mesh=mesh)
         jax.block_until_ready(jax.tree.leaves(model))
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -184,3 +184,17 @@ def test_that_holds_where_one_tensor_is_a_whole_shard(tmp_path, dtype):
     peak = peak_bytes(folder, "bf16")
     print(f"peak {peak} bytes; largest shard {largest}")
     assert peak <= 1.3 * largest
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize(("data", "model"), [(1, 2), (2, 4), (8, 1)])
+def test_that_holds_on_a_mesh_whatever_is_padded_and_copied(tmp_path, data, model, dtype):
+    config = replace(BIG, vocab_size=641, ffn_width=1022, num_query_heads=6)
+    folder = write_hf(tmp_path / "model", config, random_tensors(config), shards=5, dtype=dtype)
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    mesh = mesh_of(data, model)
+    load(open_checkpoint(folder), "bf16", mesh=mesh)  # compiles
+    peak = peak_bytes(folder, "bf16", mesh)
+    print(f"peak {peak} bytes; largest shard {largest}")
+    assert peak <= 1.3 * largest
+    assert peak > 0.05 * largest

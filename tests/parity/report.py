@@ -23,6 +23,8 @@ from pallasite.models.registry import FAMILIES, make_model
 from pallasite.models.sharding import MeshShape
 from pallasite.models.weights import num_bytes
 from pallasite.pallas_kernels.target import CPU
+from pallasite.server.__main__ import main as pallasite
+from pallasite.server.flags import RULES
 from tests.families import FAMILY_MODELS, FamilyModel
 from tests.family_files import write_family_gguf, write_family_hf
 from tests.parity.figures import Agreement, Scores, chunks_of
@@ -50,18 +52,23 @@ class Kind:
     """One form of a model's weights and cache.
 
     Attributes:
+        is_smoothed: whether `pallasite quantize --smooth` made it; else it is made while loading.
+        down: that of the feed-forward's second matrix, where it has another.
         note: what a reader must know of its figures.
     """
 
     name: str
     base: BaseForm = "f32"
     form: str | None = None
+    down: str | None = None
     has_int8_cache: bool = False
+    is_smoothed: bool = False
     note: str = ""
 
     @property
     def rules(self) -> tuple[Rule, ...]:
-        return () if self.form is None else ((EVERY_LAYER, self.form),)
+        down = () if self.down is None else (("down_proj", self.down),)
+        return () if self.form is None else (*down, (EVERY_LAYER, self.form))
 
 
 KINDS = (
@@ -71,7 +78,20 @@ KINDS = (
     Kind(name="int8", form="int8"),
     Kind(name="int8:64", form="int8:64"),
     Kind(name="fp8", form="fp8"),
-    Kind(name="w8a8", form="w8a8", note="a scale a row and a token: not recommended"),
+    Kind(name="w8a8", form="w8a8", note="a scale a row and a token, nothing else: not enough"),
+    Kind(
+        name="w8a8, smoothed",
+        form="w8a8",
+        is_smoothed=True,
+        note="`pallasite quantize --rules w8a8 --smooth docs/architecture.md`",
+    ),
+    Kind(
+        name="w8a8, smoothed, down by group",
+        form="w8a8",
+        down="w8a8:256",
+        is_smoothed=True,
+        note="the same with `--rules 'down_proj=w8a8:256;w8a8'`: recommended",
+    ),
     Kind(name="w8a8:64", form="w8a8:64", note="scales by group, for targets whose dot takes them"),
     Kind(name="int4:32", form="int4:32", note="exact: the file itself has these groups (Q4_1)"),
     Kind(name="int4:64", form="int4:64", note="4-bit weights rounded again, to other groups"),
@@ -125,7 +145,8 @@ def _form_table(path: Path) -> list[str]:
     rows = [names]
     reference: list[Scores] = []
     for kind in KINDS:
-        scores = _scores(path, kind)
+        with tempfile.TemporaryDirectory() as folder:
+            scores = _scores(_made(path, kind, Path(folder) / "made"), kind)
         reference = reference or scores
         agreement = Agreement.of(scores, reference)
         ours, theirs = _perplexity(scores), _perplexity(reference)
@@ -144,9 +165,20 @@ def _form_table(path: Path) -> list[str]:
     return _table(rows)
 
 
+def _made(path: Path, kind: Kind, folder: Path) -> Path:
+    """Returns the model to load for a form, written to `folder` where it is not `path` itself."""
+    if not kind.is_smoothed:
+        return path
+    text = OUTPUT.parent / "architecture.md"
+    flags = ["--rules", RULES.show(kind.rules), "--smooth", str(text)]
+    assert pallasite(["quantize", str(path), str(folder), *flags]) == 0
+    return folder
+
+
 def _scores(path: Path, kind: Kind) -> list[Scores]:
     cache = "int8" if kind.has_int8_cache else None
-    model = Forward(path, kind.base, CHUNK, cache=cache, rules=kind.rules)
+    rules = () if kind.is_smoothed else kind.rules
+    model = Forward(path, kind.base, CHUNK, cache=cache, rules=rules)
     scores = []
     with np.load(Path(__file__).parent / "goldens" / "smollm2.npz") as tokens:
         for name in TEXTS:
