@@ -1,6 +1,7 @@
-"""The README's examples run as they are shown, on the real model."""
+"""The README's examples run as they are shown, on the real model; its commands can be parsed."""
 
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -8,8 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from pallasite.engine.config import EngineConfig
+from pallasite.models.sharding import MeshShape
+from pallasite.server.arguments import engine_config, parse
+
 README = Path(__file__).resolve().parent.parent / "README.md"
 EXAMPLES = re.findall(r"^```python\n(.*?)^```$", README.read_text(), re.MULTILINE | re.DOTALL)
+COMMANDS = re.findall(r"^    pallasite (.+)$", README.read_text(), re.MULTILINE)
 
 
 def run_example(code):
@@ -47,3 +53,35 @@ def test_the_client_example_runs(real_model_path, compile_cache):
     assert result.returncode == 0, result.stderr
     assert len(result.stdout.split()) > 3
     assert server.returncode == 0
+
+
+def arguments(command):
+    """What a shell makes of a command, but for the comment behind it."""
+    return shlex.split(command, comments=True)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_is_one_that_the_command_line_takes(command):
+    if "--help" in command:
+        with pytest.raises(SystemExit) as caught:
+            parse(arguments(command))
+        assert caught.value.code == 0
+        return
+    args = parse(arguments(command))
+    if hasattr(args, "compile_cache"):
+        assert isinstance(engine_config(args), EngineConfig)
+
+
+def test_the_commands_show_what_can_be_chosen_of_devices_forms_and_adapters():
+    """Each field of the engine's that a new user may look for has a command that changes it."""
+    configs = [
+        engine_config(args)
+        for args in (parse(arguments(c)) for c in COMMANDS if "--help" not in c)
+        if hasattr(args, "compile_cache")
+    ]
+    assert MeshShape(data=2, model=2) in [config.mesh for config in configs]
+    assert {pattern for config in configs for pattern, _ in config.quantize} >= {"mlp", "self_attn"}
+    assert "int8" in [config.cache for config in configs]
+    assert max(config.max_adapters for config in configs) > 0
+    assert any(command.startswith("evaluate ") for command in COMMANDS)
+    assert any("--adapter " in command for command in COMMANDS)
