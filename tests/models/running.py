@@ -66,6 +66,17 @@ class Program:
             np.testing.assert_array_equal(first, other)
         return first
 
+    def text(self, token_ids, ragged) -> str:
+        """Returns the compiled program of a batch's shape, in HLO."""
+        leaves, tree = jax.tree.flatten(ragged)
+
+        # Lowering makes trees of the arguments' descriptions, which are not what Ragged is made of.
+        def step(model, cache, token_ids, leaves):
+            return self._step(model, cache, token_ids, tree.unflatten(leaves))
+
+        lowered = jax.jit(step, donate_argnums=1).lower(self._model, self.cache, token_ids, leaves)
+        return lowered.compile().as_text()
+
 
 def _placements(tree):
     return jax.tree.map(lambda leaf: leaf.sharding.spec, tree)
