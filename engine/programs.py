@@ -76,10 +76,11 @@ class Programs:
     def compile(self, progress: Callable[[str], None], num_threads: int = 2) -> None:
         """Compiles every program, `num_threads` at a time."""
         start = time.monotonic()
-        total = len(self._spec.layouts) + 1 + (self._spec.adapters.num_slots > 0)
+        has_adapters = self._spec.adapters.num_slots > 0
+        total = len(self._spec.layouts) + 1 + has_adapters
         with ThreadPoolExecutor(num_threads) as pool:
             edit = pool.submit(self._compile_edit)
-            set_slot = pool.submit(self._compile_set_slot)
+            set_slot = pool.submit(self._compile_set_slot) if has_adapters else None
             # The largest first: they take longest.
             steps = {
                 bucket: pool.submit(self._compile_step, bucket) for bucket in reversed(self.buckets)
@@ -88,13 +89,14 @@ class Programs:
                 self._steps[bucket] = future.result()
                 seconds = time.monotonic() - start
                 progress(f"compiled program {done} of {total} ({bucket}), {seconds:.1f} s")
-            self._edit, self._set_slot = edit.result(), set_slot.result()
+            self._edit = edit.result()
+            self._set_slot = None if set_slot is None else set_slot.result()
 
     def serialized(self) -> list[bytes]:
         """Returns the programs for `take`. All must have been compiled in this process."""
         assert self._edit is not None, "compile() comes first"
-        assert self._set_slot is not None
-        programs = [self._edit, self._set_slot, *(self._steps[bucket] for bucket in self.buckets)]
+        programs = [self._edit, *(self._steps[bucket] for bucket in self.buckets)]
+        programs += [] if self._set_slot is None else [self._set_slot]
         return [serialize_executable.serialize(program)[0] for program in programs]
 
     def take(self, serialized: Sequence[bytes | memoryview], num_threads: int = 2) -> None:
@@ -108,11 +110,13 @@ class Programs:
         # The inputs' and outputs' trees, as `lower` below has them.
         adapters = spec.adapters.abstract(spec.mesh)
         edits = (spec.state, self._abstract_edit(), self._abstract_index())
-        slots = (adapters, spec.adapters.abstract_one(spec.mesh), self._abstract_index())
-        trees: list[tuple[Any, Any]] = [(edits, spec.state), (slots, adapters)]
+        trees: list[tuple[Any, Any]] = [(edits, spec.state)]
         for bucket in self.buckets:
             inputs = (weights, adapters, spec.cache, spec.state, self._words(bucket))
             trees.append((inputs, (spec.cache, spec.state, 0, 0)))
+        if spec.adapters.num_slots:
+            one = spec.adapters.abstract_one(spec.mesh)
+            trees.append(((adapters, one, self._abstract_index()), adapters))
         devices = list(spec.mesh.devices.flat)
 
         def load(content: bytes | memoryview, tree: tuple[Any, Any]) -> jax.stages.Compiled:
@@ -123,8 +127,9 @@ class Programs:
 
         assert len(serialized) == len(trees)
         with ThreadPoolExecutor(num_threads) as pool:
-            self._edit, self._set_slot, *steps = pool.map(load, serialized, trees)
-        self._steps = dict(zip(self.buckets, steps, strict=True))
+            self._edit, *others = pool.map(load, serialized, trees)
+        self._set_slot = others.pop() if spec.adapters.num_slots else None
+        self._steps = dict(zip(self.buckets, others, strict=True))
 
     def seal(self) -> None:
         """Ends compilation."""
@@ -151,7 +156,7 @@ class Programs:
 
     def set_adapter(self, adapters: Adapters, one: Adapters, slot: int) -> Adapters:
         """Puts one adapter into a slot of the donated arrays."""
-        assert self._set_slot is not None, "compile() comes first"
+        assert self._set_slot is not None, "compile() comes first, with room for adapters"
         return self._set_slot(adapters, one, np.int32(slot))
 
     def temporary_bytes(self) -> int:
