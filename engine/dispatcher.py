@@ -29,6 +29,7 @@ class Dispatcher:
             Scheduler(pool, page_size, num_slots // num_shards, max_batch_tokens // num_shards)
             for pool in self.pools
         ]
+        self._page_size = page_size
         self._deadlines: list[tuple[float, int, int, Sequence]] = []
 
     @property
@@ -105,10 +106,12 @@ class Dispatcher:
         return make_plan([shard.schedule(now) for shard in self._shards])
 
     def _spread(self) -> None:
-        """Moves requests that cannot start where they wait to shards where they can, each once."""
+        """Moves requests that cannot start where they wait to shards where they can.
+
+        This ends: nothing moves but to start, and only worse ranks may have to wait for it.
+        """
         forecasts = [shard.forecast() for shard in self._shards]
-        moved: set[Group] = set()
-        while (move := self._find_move(forecasts, moved)) is not None:
+        while (move := self._find_move(forecasts)) is not None:
             group, target = move
             waiting = _waiting(group)
             source = waiting[0].shard
@@ -116,11 +119,10 @@ class Dispatcher:
                 self._shards[source].withdraw(sequence)
                 sequence.shard = target
                 self._shards[target].add(sequence)
-            moved.add(group)
             for shard in (source, target):
                 forecasts[shard] = self._shards[shard].forecast()
 
-    def _find_move(self, forecasts: list[Forecast], moved: set[Group]) -> tuple[Group, int] | None:
+    def _find_move(self, forecasts: list[Forecast]) -> tuple[Group, int] | None:
         """Returns a group and a better shard for it: of the longest queue, where priorities allow.
 
         Of a queue the best rank alone may go, for the others would be served before it. But they go
@@ -129,8 +131,8 @@ class Dispatcher:
         has_idle = any(shard.num_running == shard.num_waiting == 0 for shard in self._shards)
         heads: list[Sequence] = []
         for forecast in forecasts:
-            groups = (group for group in _at_rest(forecast.queue) if group not in moved)
-            heads += (_waiting(group)[0] for group in islice(groups, None if has_idle else 1))
+            groups = islice(_at_rest(forecast.queue), None if has_idle else 1)
+            heads += (_waiting(group)[0] for group in groups)
         num_waiting = [shard.num_waiting for shard in self._shards]
         for head in sorted(heads, key=lambda s: (s.request.priority, -num_waiting[s.shard])):
             target = self._best_for(head, forecasts)
@@ -152,14 +154,16 @@ class Dispatcher:
     def _open_to(self, sequence: Sequence) -> list[int]:
         """Returns the shards that may serve a sequence that holds no pages.
 
-        Those to be leased go where no more than the mean is leased: leases, which hold half of all
-        pages at most, then leave others about half of every shard's.
+        One to be leased goes where leases then hold half of the pages at most, or to the fewest of
+        them. Of all pages they hold no more than half, so some are left on every shard for others.
         """
-        shards = range(len(self._shards))
+        shards = list(range(len(self._shards)))
         if sequence.lease_s is None:
-            return list(shards)
+            return shards
         leased = [shard.num_leased_tokens for shard in self._shards]
-        return [i for i in shards if leased[i] * len(leased) <= sum(leased)]
+        most = self.pools[0].num_pages * self._page_size // 2 - sequence.num_prompt
+        within = [i for i in shards if leased[i] <= most or i == sequence.shard]
+        return within or [min(shards, key=leased.__getitem__)]
 
     def _least_loaded(self, shards: Iterable[int]) -> int:
         return min(shards, key=lambda i: self._shards[i].num_tokens)

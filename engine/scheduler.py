@@ -125,7 +125,8 @@ class Scheduler:
     def forecast(self) -> Forecast:
         """Foresees the next step.
 
-        Siblings are counted as if they shared nothing, so there may be more room than that.
+        There may be more room than that: siblings are counted as if they shared nothing, and those
+        that run as if none were about to end.
         """
         forecast = Forecast(
             num_slots=len(self._free_slots),
@@ -134,10 +135,9 @@ class Scheduler:
             page_size=self._page_size,
         )
         for sequence in self._running:
-            if not sequence.is_saturated:
-                forecast.take(sequence)
+            forecast.take(sequence)
         for index, sequence in enumerate(self._waiting):
-            if sequence.num_in_flight or not forecast.fits(sequence):
+            if not forecast.fits(sequence):
                 forecast.queue = self._waiting[index:]
                 break
             forecast.take(sequence)

@@ -21,7 +21,7 @@ class Bounds:
     Attributes:
         vocab_size: ids lie in [0, vocab_size).
         max_context_len: prompt and completion tokens at most.
-        num_cached_tokens: what all pages hold together.
+        num_cached_tokens: what the pages of one shard hold: the most of one request.
         limits: what the operator allows.
     """
 
@@ -64,7 +64,7 @@ def validate(request: Request, bounds: Bounds) -> None:
         _refuse(
             "sampling.max_tokens",
             f"{prompt_len} prompt tokens and max_tokens={request.params.max_tokens}",
-            f"the {bounds.num_cached_tokens} that the cache holds",
+            f"the {bounds.num_cached_tokens} that the cache holds for one request",
             "lower max_tokens, or start the server with a larger cache",
         )
 

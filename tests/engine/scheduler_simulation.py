@@ -122,8 +122,7 @@ class Simulation:
             params=SamplingParams(max_tokens=job.max_tokens, n=job.n),
             priority=job.priority,
         )
-        holds_much = sum(len(s.pages) for s in self.leased) > self.scheduler.num_pages // 2
-        lease_s = None if job.lease is None or holds_much else 1.0
+        lease_s = None if job.lease is None or not self._may_lease(job.prompt_len) else 1.0
         stream = TokenStream(str(self.num_arrived), job.n)
         group = new_group(request, stream, self.num_arrived, lease_s)
         self.num_arrived += 1
@@ -133,6 +132,10 @@ class Simulation:
             self._origins[sequence] = group.arrival
             self.scheduler.add(sequence)
         return group
+
+    def add_each(self, *jobs: Job) -> list[Sequence]:
+        """Admits jobs in order; returns the first sequence of each."""
+        return [self.add(job).sequences[0] for job in jobs]
 
     def run(self, jobs: Iterable[Job] = ()) -> None:
         """Runs jobs, each from its step on, until every sequence has ended."""
@@ -157,8 +160,8 @@ class Simulation:
     def step(self) -> Plan | None:
         """Plans a step, checks it, and commits the one before it."""
         running = self.running()
-        resting = self.waiting() if self._idle_shards() else ()
-        places = {s: s.shard for s in resting if _is_at_rest(s.group)}
+        waiting = {s.group for s in (self.waiting() if self._idle_shards() else ())}
+        could_move = set(filter(_is_at_rest, waiting))
         num_preemptions = self.scheduler.num_preemptions
         plan = self.scheduler.schedule(0.0)
         parts = [] if plan is None else plan.parts
@@ -171,7 +174,7 @@ class Simulation:
             self._check_order(part)
         self._check_places()
         self._check_pages()
-        self._check_idleness(places)
+        self._check_idleness(could_move)
         previous, self._previous = self._previous, plan
         if previous is not None:
             self._commit(previous)
@@ -207,6 +210,13 @@ class Simulation:
         self.end_leases()
         self._holders.clear()
         self._places.clear()
+
+    def _may_lease(self, prompt_len: int) -> bool:
+        """The engine's rule: half of all pages at most, or a single one more."""
+        leases = [s for s in self._open() if s.lease_s is not None]
+        promised = sum(-(-s.num_prompt // PAGE) for s in leases)
+        wanted = promised + -(-prompt_len // PAGE)
+        return promised == 0 or wanted <= self.scheduler.num_pages // 2
 
     def _most_steps(self, jobs: list[Job]) -> int:
         # Each sequence alone, a token a step, twice over for what is preempted and resumed.
@@ -333,20 +343,20 @@ class Simulation:
         for sequence in self.running():
             assert len(sequence.pages) * PAGE < sequence.num_tokens + PAGE, "pages kept for nothing"
 
-    def _check_idleness(self, places: dict[Sequence, int]) -> None:
+    def _check_idleness(self, could_move: set[Group]) -> None:
         """No shard has nobody while a request waits elsewhere that could start there.
 
-        `places` are the shards of those that had no pages when the step was planned. One that has
-        just moved may have been overtaken by another that has; it moves on with the next step.
+        `could_move` are those that had no pages when the step was planned.
         """
-        stayed = (s for s in self.waiting() if places.get(s) == s.shard)
-        rests = {sequence.group for sequence in stayed if _is_at_rest(sequence.group)}
         for shard in self._idle_shards():
-            for group in rests:
-                sequence = next(s for s in group.sequences if s.state is State.WAITING)
-                num_pages = -(-sequence.num_tokens // PAGE)
-                may_go = sequence.lease_s is None  # leases are spread evenly, whoever idles
-                assert not may_go or num_pages > self.scheduler.pools[shard].num_free
+            pool, scheduler = self.scheduler.pools[shard], self.scheduler._shards[shard]
+            for group in filter(_is_at_rest, could_move):
+                waiting = (s for s in group.sequences if s.state is State.WAITING)
+                if (first := next(waiting, None)) is None:
+                    continue
+                leased = scheduler.num_leased_tokens + first.num_prompt
+                may_go = first.lease_s is None or leased <= pool.num_pages * PAGE // 2
+                assert not may_go or -(-first.num_tokens // PAGE) > pool.num_free
 
     def _idle_shards(self) -> set[int]:
         is_busy = (State.WAITING, State.RUNNING)
@@ -364,6 +374,18 @@ class Simulation:
     def _grant(self, sequence: Sequence, lease_s: float) -> KvHandle:
         self.leased[sequence] = self.num_steps
         return KvHandle(handle_id="0" * 32, epoch="e", expires_in_s=lease_s)
+
+
+def simulation_of(
+    num_shards: int, *, num_slots: int = 2, num_pages: int = 64, max_batch_tokens: int = 100
+) -> Simulation:
+    """Makes one of shards of this size each."""
+    return Simulation(
+        num_shards=num_shards,
+        num_pages=num_shards * num_pages,
+        num_slots=num_shards * num_slots,
+        max_batch_tokens=num_shards * max_batch_tokens,
+    )
 
 
 def _is_at_rest(group: Group) -> bool:
