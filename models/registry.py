@@ -61,6 +61,6 @@ def make_model(
         if not any(re.search(pattern, name) for name in declare.names):
             raise ConfigError(
                 f"got the weight pattern {pattern!r}, which matches none of this model's weights;"
-                f" they are {', '.join(declare.names)}; mend it or leave it out"
+                f" they are: {', '.join(declare.names)}; mend it or leave it out"
             )
     return model
