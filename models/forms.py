@@ -15,6 +15,8 @@ DEFAULT_INT4_GROUP = 32
 EVERY_LAYER = r"^model\.layers\."
 """A pattern of the names of all matrices but the embedding and the output head."""
 
+Kind = Literal["f32", "bf16", "fp8", "int8", "int4"]
+
 Rule = tuple[str, str]
 """A regular expression that is searched for in a weight's name, and the form of what it finds."""
 
@@ -31,7 +33,7 @@ class Form:
             token, or one a token and group.
     """
 
-    kind: Literal["f32", "bf16", "fp8", "int8", "int4"]
+    kind: Kind
     group: int | None = None
     quantizes_inputs: bool = False
 
@@ -61,9 +63,10 @@ def parse_form(text: str) -> Form:
     if name == "int4":
         return Form(kind="int4", group=int(group) if colon else DEFAULT_INT4_GROUP)
     size = int(group) if colon else None
+    kinds: dict[str, Kind] = {"f32": "f32", "bf16": "bf16", "fp8": "fp8", "int8": "int8"}
     if name == "w8a8":
         return Form(kind="int8", group=size, quantizes_inputs=True)
-    return Form(kind=name, group=size)  # type: ignore[arg-type]
+    return Form(kind=kinds[name], group=size)
 
 
 def check_rules(rules: Sequence[Rule]) -> None:

@@ -1,8 +1,7 @@
 """Quantized matrices on the host, and how floats become one: the definition of the stored forms.
 
 Rounding is to the nearest of the numbers that a form has, with the smallest scale at which a
-group's largest weight is still one of them. docs/quality.md says what that costs, and what smaller
-scales would change.
+group's largest weight is still one of them. `make models` measures what that costs.
 """
 
 from collections.abc import Iterator

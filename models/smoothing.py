@@ -4,7 +4,7 @@ Rounding a token's inputs with one scale for all of them costs most where a few 
 larger than the rest. Each channel is divided by a factor in what makes it, a norm's scale or rows
 of another matrix, and the columns that it meets are multiplied. Nothing is left to do at run time.
 Source: SmoothQuant (Xiao et al. 2023), with the channels' root mean square on a text in place of
-their maximum, which docs/quality.md compares.
+their maximum. `make models` measures what it buys.
 
 Norms that stand before a matrix can be divided, and so can `up`, whose output goes into `down` with
 no more than a product between. So it works for every family, but not for all its matrices: OLMo 2
