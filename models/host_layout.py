@@ -1,15 +1,38 @@
 """From one stored tensor to a weight's arrays on the host: cut, laid out, in the weight's form."""
 
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import numpy as np
 
 from pallasite.models.errors import ConfigError
 from pallasite.models.partition import Axis, Partition
 from pallasite.models.quantize import QuantizedTensor, Stored, quantize
+from pallasite.models.sharding import MODEL_AXIS, RULES
 from pallasite.models.weights import Declared, Matrix, source_of
 
+# Values made on the host at a time, where they are not the stored tensor's own memory.
+_PIECE_SIZE = 4 << 20
 
-def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> dict[str, np.ndarray]:
-    """Returns the arrays of a weight, or of one of its layers, by the parts' names.
+
+@dataclass(frozen=True)
+class Piece:
+    """Some rows of a weight, or of one of its layers: the same ones of every device's part.
+
+    Attributes:
+        first_row: of a device's part.
+        arrays: by the parts' names; the rows of one device after those of another.
+    """
+
+    first_row: int
+    arrays: dict[str, np.ndarray]
+
+
+def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> Iterator[Piece]:
+    """Yields a weight, or one of its layers, in pieces: the host never holds it a second time.
+
+    A weight that the tensor's own memory can serve as is one piece.
 
     Args:
         tensor: as the checkpoint has it, of the shape of the weight's source.
@@ -18,14 +41,39 @@ def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> dict[str,
     axes = weight.axes if isinstance(weight, Matrix) else weight.get_metadata("axes")
     axes = axes[1:] if source.is_stacked else axes
     if source.rows is not None:
-        tensor = _rows(tensor, *source.rows)
-    layouts = [partition.axis(axis, size) for axis, size in zip(axes, tensor.shape, strict=True)]
+        tensor = _rows(tensor, slice(*source.rows))
+    rows, *inputs = (partition.axis(axis, n) for axis, n in zip(axes, tensor.shape, strict=True))
+    num_values = math.prod(axis.size for axis in (rows, *inputs))
+    if num_values <= _PIECE_SIZE or _is_held_as_stored(tensor, weight, [rows, *inputs]):
+        yield Piece(0, _arrays(tensor, weight, [rows, *inputs]))
+        return
+    num_parts = partition.num_parts if RULES[axes[0]] == MODEL_AXIS else 1
+    sources = np.arange(rows.size) if rows.sources is None else rows.sources
+    by_part = sources.reshape(num_parts, -1)
+    step = max(1, by_part.shape[1] * _PIECE_SIZE // num_values)
+    for first in range(0, by_part.shape[1], step):
+        some = by_part[:, first : first + step].ravel()
+        yield Piece(first, _arrays(tensor, weight, [Axis(len(some), some), *inputs]))
+
+
+def _is_held_as_stored(tensor: Stored, weight: Declared, layouts: list[Axis]) -> bool:
+    is_quantized = isinstance(weight, Matrix) and weight.form.is_quantized
+    is_moved = any(layout.sources is not None for layout in layouts)
+    return not (is_quantized or is_moved or isinstance(tensor, QuantizedTensor))
+
+
+def _arrays(tensor: Stored, weight: Declared, layouts: list[Axis]) -> dict[str, np.ndarray]:
     form = weight.form if isinstance(weight, Matrix) else None
+    rows, *inputs = layouts
     if isinstance(tensor, QuantizedTensor):
+        tensor = tensor.map(lambda array: rows.lay_out(array, 0))
         if form is not None and tensor.has_form(form):
-            return _parts(_lay_out_quantized(tensor, layouts, source.pattern_name))
+            name = source_of(weight).pattern_name
+            return _parts(_lay_out_quantized_inputs(tensor, inputs[0], name))
         tensor = tensor.dequantize()
-    for dim, layout in enumerate(layouts):
+    else:
+        tensor = rows.lay_out(tensor, 0)
+    for dim, layout in enumerate(inputs, start=1):
         tensor = layout.lay_out(tensor, dim)
     if form is None or not form.is_quantized:
         return {"values": tensor}
@@ -44,29 +92,22 @@ def unpack(packed: np.ndarray, group: int) -> np.ndarray:
     return np.concatenate((halves & 15, halves >> 4), axis=2).reshape(packed.shape[0], -1)
 
 
-def _rows(tensor: Stored, start: int, stop: int) -> Stored:
+def _rows(tensor: Stored, rows: slice) -> Stored:
     if isinstance(tensor, QuantizedTensor):
-        minimums = None if tensor.minimums is None else tensor.minimums[start:stop]
-        return QuantizedTensor(tensor.values[start:stop], tensor.scales[start:stop], minimums)
-    return tensor[start:stop]
+        return tensor.map(lambda array: array[rows])
+    return tensor[rows]
 
 
-def _lay_out_quantized(tensor: QuantizedTensor, layouts: list[Axis], name: str) -> QuantizedTensor:
-    """Lays out a quantized tensor without rounding it again: its groups move as they are."""
-    rows, inputs = layouts
-    arrays = [tensor.values, tensor.scales, tensor.minimums]
-    if inputs.sources is not None:
-        groups = _group_layout(inputs, tensor, name)
-        arrays = [
-            None if array is None else layout.lay_out(array, 1)
-            for array, layout in zip(arrays, (inputs, groups, groups), strict=True)
-        ]
-    values, scales, minimums = (
-        None if array is None else rows.lay_out(array, 0) for array in arrays
+def _lay_out_quantized_inputs(tensor: QuantizedTensor, inputs: Axis, name: str) -> QuantizedTensor:
+    """Lays out a tensor's inputs without rounding it again: its groups move as they are."""
+    if inputs.sources is None:
+        return tensor
+    groups = _group_layout(inputs, tensor, name)
+    return QuantizedTensor(
+        inputs.lay_out(tensor.values, 1),
+        groups.lay_out(tensor.scales, 1),
+        None if tensor.minimums is None else groups.lay_out(tensor.minimums, 1),
     )
-    assert values is not None
-    assert scales is not None
-    return QuantizedTensor(values, scales, minimums)
 
 
 def _group_layout(inputs: Axis, tensor: QuantizedTensor, name: str) -> Axis:

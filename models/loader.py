@@ -6,20 +6,20 @@ that the host never holds more than a tensor.
 """
 
 from collections.abc import Callable, Iterable
-from functools import partial
+from functools import cache, partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Int
 
 from pallasite.models.checkpoint import Checkpoint
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import CheckpointError
-from pallasite.models.host_layout import lay_out
-from pallasite.models.sharding import sharding
+from pallasite.models.host_layout import Piece, lay_out
+from pallasite.models.sharding import sharding, spec
 from pallasite.models.weights import Declared, Source, Weight, declared_weights, source_of
 from pallasite.pallas_kernels.storage import encode
 
@@ -47,7 +47,8 @@ def load_weights(
         for layer, tensor_name in enumerate(_names(weights, num_layers)):
             tensor = checkpoint.read(tensor_name)
             for name, weight in weights.items():
-                arrays[name].fill(lay_out(tensor, weight, model.partition), layer)
+                for piece in lay_out(tensor, weight, model.partition):
+                    arrays[name].fill(piece, layer)
             del tensor
             done += 1
             progress(done, total)
@@ -89,43 +90,38 @@ def _names(weights: dict[str, Declared], num_layers: int) -> list[str]:
 
 
 class _Filling:
-    """The arrays of one declared weight, while its layers come in."""
+    """The arrays of one declared weight, while its layers and their pieces come in."""
 
     def __init__(self, weight: Declared, mesh: Mesh) -> None:
         self._is_stacked = source_of(weight).is_stacked
         self._parts = dict(_parts(weight))
-        self._placements = {
-            name: sharding(mesh, self._own_axes(part)) for name, part in self._parts.items()
-        }
+        self._mesh = mesh
         self._arrays: dict[str, jax.Array] = {}
-        if self._is_stacked:
-            self._arrays = {
-                name: jnp.zeros(
-                    part.shape, part.dtype, device=sharding(mesh, part.get_metadata("axes"))
-                )
-                for name, part in self._parts.items()
-            }
 
-    def fill(self, values: dict[str, np.ndarray], layer: int) -> None:
-        """Takes one tensor's arrays by part: a layer's, or the whole weight."""
+    def fill(self, piece: Piece, layer: int) -> None:
+        """Takes some rows of a layer, or of a weight that stacks none."""
         for name, part in self._parts.items():
+            axes = part.get_metadata("axes")
+            own_axes = axes[1:] if self._is_stacked else axes
             # That values are finite is the reader's to check, piece by piece: a mask of a whole
             # tensor would be half as large again as a 16-bit one.
-            value = jax.device_put(values[name], self._placements[name])
-            value = _encode(value, jnp.dtype(part.dtype))
-            if self._is_stacked:
-                value = _fill(self._arrays[name], value, np.int32(layer))
-                # Without waiting, tensors read faster than filled in would pile up.
-                value.block_until_ready()
-            self._arrays[name] = value
+            values = jax.device_put(piece.arrays[name], sharding(self._mesh, own_axes))
+            values = _encode(values, jnp.dtype(part.dtype))
+            if values.shape == part.shape:
+                self._arrays[name] = values
+                continue
+            if name not in self._arrays:
+                placement = sharding(self._mesh, axes)
+                self._arrays[name] = jnp.zeros(part.shape, part.dtype, device=placement)
+            at = (*((layer,) if self._is_stacked else ()), piece.first_row)
+            fill = _filler(self._mesh, spec(axes), spec(own_axes))
+            self._arrays[name] = fill(self._arrays[name], values, np.array(at, np.int32))
+            # Without waiting, pieces read faster than filled in would pile up.
+            self._arrays[name].block_until_ready()
 
     def arrays(self) -> list[jax.Array]:
         """Returns the arrays in the order of the weight's leaves."""
         return [self._arrays[name] for name in self._parts]
-
-    def _own_axes(self, part: Weight) -> tuple[str, ...]:
-        axes = part.get_metadata("axes")
-        return axes[1:] if self._is_stacked else axes
 
 
 def _parts(weight: Declared) -> Iterable[tuple[str, Weight]]:
@@ -144,6 +140,18 @@ def _encode(value: jax.Array, held_as: jnp.dtype) -> jax.Array:
     return encode(value, held_as) if value.dtype != held_as else value
 
 
-@partial(jax.jit, donate_argnums=0)
-def _fill(stacked: jax.Array, value: jax.Array, index: Int[Array, ""]) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stacked, value, index, axis=0)
+@cache
+def _filler(
+    mesh: Mesh, held: PartitionSpec, piece: PartitionSpec
+) -> Callable[[jax.Array, jax.Array, np.ndarray], jax.Array]:
+    """Returns what puts rows into an array, into each device's part of it alike."""
+
+    def fill(part: jax.Array, rows: jax.Array, at: Int[Array, "axes"]) -> jax.Array:
+        rows = rows.reshape((1,) * (part.ndim - rows.ndim) + rows.shape)
+        starts = (*at, *([0] * (part.ndim - len(at))))
+        return jax.lax.dynamic_update_slice(part, rows, starts)
+
+    filled = jax.shard_map(
+        fill, mesh=mesh, in_specs=(held, piece, PartitionSpec()), out_specs=held, check_vma=False
+    )
+    return jax.jit(filled, donate_argnums=0)

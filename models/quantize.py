@@ -4,7 +4,7 @@ Rounding is to the nearest of the numbers that a form has, with the smallest sca
 group's largest weight is still one of them. `make models` measures what that costs.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,11 @@ class QuantizedTensor:
     @property
     def group(self) -> int:
         return self.values.shape[1] // self.scales.shape[1]
+
+    def map(self, change: Callable[[np.ndarray], np.ndarray]) -> "QuantizedTensor":
+        """Returns the tensor with each of its arrays changed."""
+        minimums = None if self.minimums is None else change(self.minimums)
+        return QuantizedTensor(change(self.values), change(self.scales), minimums)
 
     def has_form(self, form: Form) -> bool:
         """Returns whether this is what the form holds, so that nothing has to be rounded again."""

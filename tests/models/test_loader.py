@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from pallasite.models import host_layout
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import CheckpointError
 from pallasite.models.loader import check_tensors
@@ -143,11 +144,11 @@ def test_progress_counts_every_tensor_once():
     assert list(dict.fromkeys(done for done, _ in seen)) == list(range(1, len(tensors) + 1))
 
 
-def peak_bytes(folder, form, mesh=None):
+def peak_bytes(folder, form, mesh=None, rules=()):
     """The most bytes that Python and numpy held at once while a folder was opened and loaded."""
     tracemalloc.start()
     try:
-        model = load(open_checkpoint(folder), form, mesh=mesh)
+        model = load(open_checkpoint(folder), form, mesh=mesh, rules=rules)
         jax.block_until_ready(jax.tree.leaves(model))
         return tracemalloc.get_traced_memory()[1]
     finally:
@@ -198,3 +199,37 @@ def test_that_holds_on_a_mesh_whatever_is_padded_and_copied(tmp_path, data, mode
     print(f"peak {peak} bytes; largest shard {largest}")
     assert peak <= 1.3 * largest
     assert peak > 0.05 * largest
+
+
+@pytest.mark.parametrize("dtype", ["F32", "BF16"])
+@pytest.mark.parametrize("form", ["bf16", "int8", "int4:32"])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_that_holds_where_a_whole_shard_is_padded_and_rounded(
+    tmp_path, monkeypatch, num_shards, form, dtype
+):
+    monkeypatch.setattr(host_layout, "_PIECE_SIZE", 1 << 18)
+    config = replace(BIG, vocab_size=9001, model_width=1024, num_layers=1, ties_embedding=True)
+    tensors = random_tensors(config)
+    folder = write_hf(tmp_path / "model", config, tensors, shards=len(tensors), dtype=dtype)
+    largest = max(path.stat().st_size for path in folder.glob("*.safetensors"))
+    mesh, rules = mesh_of(1, num_shards), (("", form),)
+    load(open_checkpoint(folder), "bf16", mesh=mesh, rules=rules)  # compiles
+    peak = peak_bytes(folder, "bf16", mesh, rules)
+    print(f"peak {peak} bytes; largest shard {largest}")
+    assert peak <= 1.3 * largest
+
+
+@pytest.mark.parametrize("rules", [(), (("", "int8"),), (("", "int4:32"),), (("", "w8a8:32"),)])
+@pytest.mark.parametrize("num_shards", [1, 2, 3])
+def test_a_weight_loaded_in_pieces_is_the_one_loaded_whole(monkeypatch, num_shards, rules):
+    config = replace(TINY, vocab_size=301, ffn_width=192)
+    checkpoint = InMemory(random_tensors(config), config)
+    mesh = mesh_of(1, num_shards)
+    whole = load(checkpoint, "bf16", mesh=mesh, rules=rules)
+    monkeypatch.setattr(host_layout, "_PIECE_SIZE", 1000)
+    pieces = load(checkpoint, "bf16", mesh=mesh, rules=rules)
+    for (path, expected), (_, held) in zip(
+        named_weights(whole), named_weights(pieces), strict=True
+    ):
+        np.testing.assert_array_equal(np.asarray(held), np.asarray(expected), err_msg=path)
+        assert held[...].sharding == expected[...].sharding, path
