@@ -9,13 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallasite.models import layers
-from pallasite.models.decoder import Decoder, Place
+from pallasite.models.decoder import Decoder, Place, embed, layer_weights, places
 from pallasite.models.kv_cache import CacheSpec
-from pallasite.models.layers import rope_factor, rope_frequencies
 from pallasite.models.lora import batch_adapters
 from pallasite.models.weights import Matrix
-from pallasite.pallas_kernels.paged_attention import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.paged_attention import PagedCache, Ragged
 from pallasite.pallas_kernels.target import Target
 
 InputSizes = dict[str, np.ndarray]
@@ -93,28 +91,14 @@ def _program(mesh: Mesh) -> Callable[..., dict[str, jax.Array]]:
 def _run(
     model: Decoder, cache: PagedCache, token_ids: Int[Array, "T"], ragged: Ragged
 ) -> dict[str, Float[Array, "L in"]]:
-    config = model.config
-    attention = AttentionConfig(scale=config.attention_scale, windows=config.windows)
-    frequencies = jnp.asarray(rope_frequencies(config))
     none = batch_adapters({}, jnp.full_like(ragged.kv_lens, -1), ragged, len(token_ids))
+    place = places(model.config, ragged, none, _Observing)
 
     def layer(
         carry: tuple[Array, PagedCache], index: Int[Array, ""]
     ) -> tuple[tuple[Array, PagedCache], dict[str, Array]]:
-        x, cache = carry
-        weights = jax.tree.map(
-            lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), model.layers
-        )
-        at = _Observing(
-            layer=index,
-            ragged=ragged,
-            frequencies=frequencies[index],
-            rope_factor=rope_factor(config),
-            attention=attention,
-            adapters=none,
-        )
-        return weights.block(x, cache, at), at.squares
+        at = place(index)
+        return layer_weights(model, index).block(*carry, at), at.squares
 
-    x = layers.embed(token_ids, model.embedding) * model.embedding_scale
-    indices = jnp.arange(config.num_layers, dtype=jnp.int32)
-    return jax.lax.scan(layer, (x, cache), indices)[1]
+    indices = jnp.arange(model.config.num_layers, dtype=jnp.int32)
+    return jax.lax.scan(layer, (embed(model, token_ids), cache), indices)[1]

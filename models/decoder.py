@@ -7,6 +7,7 @@ key heads, query heads, feed-forward channels and rows of the vocabulary are the
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -76,6 +77,9 @@ class Place:
         return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
 
 
+PlaceT = TypeVar("PlaceT", bound=Place)
+
+
 class DecoderLayers(nnx.Module):
     """A family's layers. Under the loop each weight is one layer's, without its first axis."""
 
@@ -124,16 +128,27 @@ def forward(
     adapters: BatchAdapters,
 ) -> tuple[Float[Array, "T D"], PagedCache]:
     """Runs a ragged batch of tokens; returns normed hidden states and the updated cache."""
-    config = model.config
+    place = places(model.config, ragged, adapters, Place)
+
+    def layer(index: Int[Array, ""], carry: tuple[Array, PagedCache]) -> tuple[Array, PagedCache]:
+        return layer_weights(model, index).block(*carry, place(index))
+
+    with jax.named_scope("embed"):
+        x = embed(model, token_ids)
+    x, cache = jax.lax.fori_loop(0, model.config.num_layers, layer, (x, cache))
+    with jax.named_scope("final_norm"):
+        return model.final_norm(x), cache
+
+
+def places(
+    config: ModelConfig, ragged: Ragged, adapters: BatchAdapters, kind: type[PlaceT]
+) -> Callable[[Int[Array, ""]], PlaceT]:
+    """Returns what gives the place of a batch in a layer, by the layer's index."""
     attention = AttentionConfig(scale=config.attention_scale, windows=config.windows)
     frequencies = jnp.asarray(rope_frequencies(config))
 
-    def layer(index: Int[Array, ""], carry: tuple[Array, PagedCache]) -> tuple[Array, PagedCache]:
-        x, cache = carry
-        weights = jax.tree.map(
-            lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), model.layers
-        )
-        at = Place(
+    def place(index: Int[Array, ""]) -> PlaceT:
+        return kind(
             layer=index,
             ragged=ragged,
             frequencies=frequencies[index],
@@ -141,13 +156,20 @@ def forward(
             attention=attention,
             adapters=adapters,
         )
-        return weights.block(x, cache, at)
 
-    with jax.named_scope("embed"):
-        x = layers.embed(token_ids, model.embedding) * model.embedding_scale
-    x, cache = jax.lax.fori_loop(0, config.num_layers, layer, (x, cache))
-    with jax.named_scope("final_norm"):
-        return model.final_norm(x), cache
+    return place
+
+
+def layer_weights(model: Decoder, index: Int[Array, ""]) -> DecoderLayers:
+    """Returns one layer's weights."""
+    return jax.tree.map(
+        lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), model.layers
+    )
+
+
+def embed(model: Decoder, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:
+    """Returns what the first layer takes."""
+    return layers.embed(token_ids, model.embedding) * model.embedding_scale
 
 
 def unembed(model: Decoder, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
