@@ -76,7 +76,7 @@ class PeftAdapter:
         inputs = partition.axis(matrix.axes[-1], matrix.source.shape[1])
         outputs = partition.axis(matrix.axes[-2], rows[1] - rows[0])
         a = np.zeros((self._num_layers, rank, inputs.size), np.float32)
-        b = np.zeros((self._num_layers, outputs.size, rank), np.float32)
+        b = np.zeros((self._num_layers, rank, outputs.size), np.float32)
         for layer, name in enumerate(_module_names(matrix, self._num_layers)):
             if name not in self._pairs:
                 continue
@@ -91,7 +91,7 @@ class PeftAdapter:
                     f"got a B of {shown(name)} that its alpha scales beyond the floats; it must be"
                     " finite; fetch or train the adapter again"
                 )
-            b[layer, :, :own] = outputs.lay_out(scaled.astype(np.float32), 0)
+            b[layer, :own] = outputs.lay_out(scaled.astype(np.float32).T, 1)
         return HostLowRank(a, b)
 
     def _scale(self, name: str, rank: int) -> float:

@@ -39,7 +39,7 @@ class AdapterSpec:
         return {
             adapter_key(matrix.source): LowRank(
                 a=self._struct(mesh, matrix, ("layers", "ranks", matrix.axes[-1]), columns),
-                b=self._struct(mesh, matrix, ("layers", matrix.axes[-2], "ranks"), columns),
+                b=self._struct(mesh, matrix, ("layers", "ranks", matrix.axes[-2]), columns),
                 is_used=jax.ShapeDtypeStruct(
                     (self.num_slots,), jnp.bool_, sharding=sharding(mesh, ("ranks",))
                 ),
@@ -53,7 +53,7 @@ class AdapterSpec:
         for matrix in self.matrices():
             one[adapter_key(matrix.source)] = LowRank(
                 a=self._struct(mesh, matrix, ("layers", "ranks", matrix.axes[-1]), self.rank),
-                b=self._struct(mesh, matrix, ("layers", matrix.axes[-2], "ranks"), self.rank),
+                b=self._struct(mesh, matrix, ("layers", "ranks", matrix.axes[-2]), self.rank),
                 is_used=jax.ShapeDtypeStruct((), jnp.bool_, sharding=sharding(mesh, ())),
             )
         return one
@@ -89,7 +89,7 @@ def _set(held: LowRank, one: LowRank, slot: Int32[Array, ""]) -> LowRank:
     start = slot * one.a.shape[1]
     return LowRank(
         a=jax.lax.dynamic_update_slice_in_dim(held.a, one.a, start, axis=1),
-        b=jax.lax.dynamic_update_slice_in_dim(held.b, one.b, start, axis=2),
+        b=jax.lax.dynamic_update_slice_in_dim(held.b, one.b, start, axis=1),
         is_used=held.is_used.at[slot].set(one.is_used),
     )
 
@@ -100,7 +100,7 @@ class HostLowRank:
 
     Attributes:
         a: f32 `[L, r, in]`, r being the room's rank; zeros where the adapter has less.
-        b: f32 `[L, out, r]`.
+        b: f32 `[L, r, out]`, transposed.
     """
 
     a: np.ndarray

@@ -1,9 +1,10 @@
 """Low-rank adapters (Hu et al. 2021) beside a model's weights, many at once, never merged.
 
 An adapter adds B A x to the product of a matrix with x, with A `[r, in]` and B `[out, r]`. Those of
-all loaded adapters stand side by side, by slot, so that one program serves any mix: each token is
-multiplied with all A, what is not its own adapter's becomes 0, and the rest with all B. A matrix
-that no adapter of the batch changes is left out at run time.
+all loaded adapters stand side by side, by slot, so that one program serves any mix. A batch of few
+tokens gathers each token's own A and B. One of many, which would gather the same ones often, is
+multiplied with all A; what is not a token's own becomes 0; and the rest is multiplied with all B. A
+matrix that no adapter of the batch changes is left out at run time.
 """
 
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ class LowRank:
 
     Attributes:
         a: `[L, S * r, in]` for S slots of rank r.
-        b: `[L, out, S * r]`, the adapters' scales included.
+        b: `[L, S * r, out]`, transposed, the adapters' scales included.
         is_used: bool `[S]`, whether the slot's adapter changes this matrix.
     """
 
@@ -66,16 +67,21 @@ class BatchAdapters:
         if key not in self.adapters:
             return 0.0
         low_rank = self.adapters[key]
-        num_slots, num_columns = low_rank.is_used.shape[0], low_rank.a.shape[1]
+        num_slots = low_rank.is_used.shape[0]
+        multiply = _by_gathering if x.shape[0] <= 2 * num_slots else _by_masking
 
         def compute() -> Float[Array, "T out"]:
-            own = jnp.arange(num_columns, dtype=jnp.int32) // (num_columns // num_slots)
-            inner = _multiply(x, low_rank.a, layer)
-            inner = jnp.where(self.token_slots[:, None] == own[None, :], inner, 0.0)
-            return _multiply(inner, low_rank.b, layer)
+            a, b = (
+                decode(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
+                for stacked in (low_rank.a, low_rank.b)
+            )
+            slots = (num_slots, -1)
+            return multiply(
+                x, a.reshape(*slots, a.shape[1]), b.reshape(*slots, b.shape[1]), self.token_slots
+            )
 
         def nothing() -> Float[Array, "T out"]:
-            return jnp.zeros((x.shape[0], low_rank.b.shape[1]), jnp.float32)
+            return jnp.zeros((x.shape[0], low_rank.b.shape[2]), jnp.float32)
 
         with jax.named_scope("lora"):
             return jax.lax.cond(self.is_used[key], compute, nothing)
@@ -96,12 +102,36 @@ def batch_adapters(
     return BatchAdapters(adapters, token_slots, is_used)
 
 
-def _multiply(x: Float[Array, "T in"], stacked: jax.Array, layer: Int[Array, ""]) -> jax.Array:
-    weight = decode(jax.lax.dynamic_index_in_dim(stacked, layer, keepdims=False))
-    return jax.lax.dot_general(
+def _by_gathering(
+    x: Float[Array, "T in"],
+    a: Float[Array, "S r in"],
+    b: Float[Array, "S r out"],
+    token_slots: Int[Array, "T"],
+) -> Float[Array, "T out"]:
+    own = jnp.maximum(token_slots, 0)
+    inner = _einsum("ti,tri->tr", x, a[own])
+    inner = jnp.where(token_slots[:, None] >= 0, inner, 0.0)
+    return _einsum("tr,tro->to", inner, b[own])
+
+
+def _by_masking(
+    x: Float[Array, "T in"],
+    a: Float[Array, "S r in"],
+    b: Float[Array, "S r out"],
+    token_slots: Int[Array, "T"],
+) -> Float[Array, "T out"]:
+    inner = _einsum("ti,sri->tsr", x, a)
+    slot = jnp.arange(a.shape[0], dtype=jnp.int32)
+    inner = jnp.where((token_slots[:, None] == slot[None, :])[..., None], inner, 0.0)
+    return _einsum("tsr,sro->to", inner, b)
+
+
+def _einsum(subscripts: str, x: jax.Array, weight: jax.Array) -> jax.Array:
+    """Multiplies as `layers.linear` does: x rounded to the weight's type, sums in f32."""
+    return jnp.einsum(
+        subscripts,
         x.astype(weight.dtype),
         weight,
-        (((1,), (1,)), ((), ())),
         precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
