@@ -54,7 +54,8 @@ def measure_inputs(
         texts: token ids, one at least of each.
     """
     assert mesh.size == 1
-    longest = max(map(len, texts))
+    # A batch of one token a row would be read as decode steps alone.
+    longest = max(2, *map(len, texts))
     num_pages = -(-longest // target.page_size)
     spec = CacheSpec(partition=model.partition, target=target, form="f32", num_pages=num_pages)
     cache, run = spec.allocate(mesh), _program(mesh)

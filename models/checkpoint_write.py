@@ -22,7 +22,7 @@ from pallasite.models.compressed_settings import can_hold, compressed_parts, com
 from pallasite.models.errors import ConfigError
 from pallasite.models.forms import Form, Rule, check_rules, form_of, pattern_name
 from pallasite.models.hf_settings import hf_settings
-from pallasite.models.quantize import QuantizedTensor, Stored, quantize
+from pallasite.models.quantize import QuantizedTensor, Stored, rounded
 from pallasite.models.safetensors_write import ShardWriter
 
 MAX_SHARD_BYTES = 2 * 10**9
@@ -129,14 +129,12 @@ def _choose(checkpoint: Checkpoint, rules: tuple[Rule, ...]) -> dict[str, Form |
 
 
 def _round(tensor: Stored, form: Form | None) -> Stored:
+    if form is not None and form.is_quantized:
+        return rounded(tensor, form)
     if isinstance(tensor, QuantizedTensor):
-        if form is not None and tensor.has_form(form):
-            return tensor
         tensor = tensor.dequantize()
     if form is None:
         return tensor
-    if form.is_quantized:
-        return quantize(tensor, form)
     return tensor.astype(np.float32 if form.kind == "f32" else ml_dtypes.bfloat16)
 
 

@@ -1,7 +1,7 @@
 """The settings in a Hugging Face config.json, read into a ModelConfig. One row an architecture.
 
-Where a file leaves a setting out, transformers takes a default of its own, and so does this. What
-a family does not support is refused by the setting's name.
+Where a file leaves out what such files do leave out, this takes transformers' own default; the rest
+must be there. What a family does not support is refused by the setting's name.
 """
 
 from collections.abc import Callable, Mapping
@@ -32,7 +32,7 @@ def _every_layer(fields: Fields, num_layers: int, listed: list[bool] | None) -> 
 
 
 def _upper_layers(fields: Fields, num_layers: int, listed: list[bool] | None) -> list[bool]:
-    if not fields.flag("use_sliding_window", False):
+    if not fields.flag("use_sliding_window", False) or not fields.has("sliding_window"):
         return [False] * num_layers
     first = fields.integer("max_window_layers", lowest=0)
     return [layer >= first for layer in range(num_layers)] if listed is None else listed
@@ -54,6 +54,7 @@ class Architecture:
         rope: what its rope may be.
         windows: which layers have one.
         defaults: what transformers takes for settings that are left out.
+        tokens: likewise the special tokens, which a smaller vocabulary may not have.
         has_bias: whether q, k and v have one.
         activation: the setting of the feed-forward's activation, and the value that is supported.
         has_vision: whether the settings are in text_config, and vision's tensors beside.
@@ -63,6 +64,7 @@ class Architecture:
     rope: RopeRules = field(default_factory=RopeRules)
     windows: WindowRule = _no_windows
     defaults: Mapping[str, object] = field(default_factory=dict)
+    tokens: Mapping[str, int] = field(default_factory=dict)
     has_bias: bool = False
     activation: tuple[str, str] = ("hidden_act", "silu")
     has_vision: bool = False
@@ -73,8 +75,6 @@ _GEMMA3 = Architecture(
     rope=RopeRules(types=("default", "linear"), theta=1e6, local_theta=10000.0),
     windows=_all_but_each_nth,
     defaults={
-        "bos_token_id": 2,
-        "eos_token_id": 1,
         "head_dim": 256,
         "hidden_size": 2304,
         "intermediate_size": 9216,
@@ -88,17 +88,19 @@ _GEMMA3 = Architecture(
         "tie_word_embeddings": True,
         "vocab_size": 262208,
     },
+    tokens={"bos_token_id": 2, "eos_token_id": 1},
     activation=("hidden_activation", "gelu_pytorch_tanh"),
 )
 _QWEN = {"max_window_layers": 28, "num_key_value_heads": 32, "sliding_window": 4096}
 
 # By the one entry of `architectures`.
 ARCHITECTURES = {
-    "LlamaForCausalLM": Architecture(family="llama"),
+    "LlamaForCausalLM": Architecture(family="llama", tokens={"bos_token_id": 1, "eos_token_id": 2}),
     "MistralForCausalLM": Architecture(
         family="mistral",
         windows=_every_layer,
         defaults={"num_key_value_heads": 8, "sliding_window": 4096},
+        tokens={"bos_token_id": 1, "eos_token_id": 2},
     ),
     "Qwen2ForCausalLM": Architecture(
         family="qwen2", windows=_upper_layers, has_bias=True, defaults=_QWEN
@@ -112,8 +114,9 @@ ARCHITECTURES = {
         family="phi3",
         rope=RopeRules(types=("default", "longrope"), is_partial=True),
         windows=_every_layer,
+        tokens={"bos_token_id": 1, "eos_token_id": 32000},
     ),
-    "Olmo2ForCausalLM": Architecture(family="olmo2"),
+    "Olmo2ForCausalLM": Architecture(family="olmo2", tokens={"eos_token_id": 50279}),
 }
 
 # What the language model's names begin with in files with a vision part, and elsewhere; the last
@@ -165,12 +168,14 @@ def read_config(
     Raises CheckpointError naming the setting that is missing, contradictory or not supported.
     """
     stated = whole.fields("text_config") if architecture.has_vision else whole
-    fields = Fields({**architecture.defaults, **stated.values}, stated.source)
+    known = Fields({**architecture.defaults, **stated.values}, stated.source)
+    vocab_size = known.integer("vocab_size")
+    tokens = {name: token for name, token in architecture.tokens.items() if token < vocab_size}
+    fields = Fields({**tokens, **known.values}, known.source)
     _refuse_unsupported(architecture, whole, fields)
     model_width, num_heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
     if not fields.has("head_dim") and model_width % num_heads:
         raise fields.error("hidden_size", f"without head_dim it must be a multiple of {num_heads}")
-    vocab_size = fields.integer("vocab_size")
     num_layers = fields.integer("num_hidden_layers")
     check_layers(num_layers, shapes)
     head_width = fields.integer("head_dim", model_width // num_heads)

@@ -8,7 +8,7 @@ import numpy as np
 
 from pallasite.models.errors import ConfigError
 from pallasite.models.partition import Axis, Partition
-from pallasite.models.quantize import QuantizedTensor, Stored, quantize
+from pallasite.models.quantize import QuantizedTensor, Stored, rounded
 from pallasite.models.sharding import MODEL_AXIS, RULES
 from pallasite.models.weights import Declared, Matrix, source_of
 
@@ -67,17 +67,17 @@ def _arrays(tensor: Stored, weight: Declared, layouts: list[Axis]) -> dict[str, 
     rows, *inputs = layouts
     if isinstance(tensor, QuantizedTensor):
         tensor = tensor.map(lambda array: rows.lay_out(array, 0))
-        if form is not None and tensor.has_form(form):
-            name = source_of(weight).pattern_name
-            return _parts(_lay_out_quantized_inputs(tensor, inputs[0], name))
-        tensor = tensor.dequantize()
     else:
         tensor = rows.lay_out(tensor, 0)
+    if form is not None and form.is_quantized:
+        # Rounded in the model's own order, so that no mesh rounds otherwise.
+        tensor = rounded(tensor, form)
+        return _parts(_lay_out_inputs(tensor, inputs[0], source_of(weight).pattern_name))
+    if isinstance(tensor, QuantizedTensor):
+        tensor = tensor.dequantize()
     for dim, layout in enumerate(inputs, start=1):
         tensor = layout.lay_out(tensor, dim)
-    if form is None or not form.is_quantized:
-        return {"values": tensor}
-    return _parts(quantize(tensor, form))
+    return {"values": tensor}
 
 
 def pack(values: np.ndarray, group: int) -> np.ndarray:
@@ -98,7 +98,7 @@ def _rows(tensor: Stored, rows: slice) -> Stored:
     return tensor[rows]
 
 
-def _lay_out_quantized_inputs(tensor: QuantizedTensor, inputs: Axis, name: str) -> QuantizedTensor:
+def _lay_out_inputs(tensor: QuantizedTensor, inputs: Axis, name: str) -> QuantizedTensor:
     """Lays out a tensor's inputs without rounding it again: its groups move as they are."""
     if inputs.sources is None:
         return tensor

@@ -145,9 +145,13 @@ class Partition:
         return Axis(len(held) * width, np.where(starts < 0, -1, starts + within))
 
 
-def group_unit(groups: Sequence[int | None]) -> int:
-    """Returns what every group divides."""
-    return math.lcm(*(group for group in groups if group is not None))
+def group_unit(groups: Sequence[int | None], size: int, num_parts: int) -> int:
+    """Returns what each part of `size` entries must be a multiple of, so that groups stay whole.
+
+    It is 1 where that would pad the entries by more than half: other groups are needed then.
+    """
+    unit = math.lcm(*(group for group in groups if group is not None))
+    return unit if _rounded_up(size, unit * num_parts) <= 1.5 * size else 1
 
 
 def _rounded_up(size: int, unit: int) -> int:

@@ -94,6 +94,13 @@ def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
     return QuantizedTensor(values, scales, minimums)
 
 
+def rounded(tensor: Stored, form: Form) -> QuantizedTensor:
+    """Returns a matrix in a quantized form: as it is where it has that form, else rounded to it."""
+    if isinstance(tensor, QuantizedTensor):
+        return tensor if tensor.has_form(form) else quantize(tensor.dequantize(), form)
+    return quantize(tensor, form)
+
+
 def _checked_group(num_inputs: int, form: Form) -> int:
     group = num_inputs if form.group is None else form.group
     if num_inputs % group:

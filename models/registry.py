@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
-from pallasite.models.forms import BaseForm, Rule, check_rules, parse_form
+from pallasite.models.forms import BaseForm, Rule, check_rules, form_of
 from pallasite.models.gemma3 import Gemma3
 from pallasite.models.llama import Llama
 from pallasite.models.mistral import Mistral
@@ -15,7 +15,7 @@ from pallasite.models.partition import Partition, group_unit
 from pallasite.models.phi3 import Phi3
 from pallasite.models.qwen2 import Qwen2
 from pallasite.models.qwen3 import Qwen3
-from pallasite.models.weights import Declare
+from pallasite.models.weights import Declare, Matrix, declared_weights
 from pallasite.pallas_kernels.target import Target
 
 FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
@@ -53,10 +53,14 @@ def make_model(
         )
     all_rules = (*rules, *config.stored_forms)
     check_rules(all_rules)
-    unit = group_unit([parse_form(form).group for _, form in all_rules])
-    partition = Partition(config=config, num_parts=num_parts, unit=unit)
-    declare = Declare(base, target, partition, all_rules)
-    model = FAMILIES[config.family](config, declare)
+    family = FAMILIES[config.family]
+    # Once without forms, to learn which matrices take what the feed-forward's channels hold.
+    plain = family(config, Declare(base, target, Partition(config=config), ()))
+    unit = group_unit(_channel_groups(plain, all_rules), config.ffn_width, num_parts)
+    declare = Declare(
+        base, target, Partition(config=config, num_parts=num_parts, unit=unit), all_rules
+    )
+    model = family(config, declare)
     for pattern, _ in rules:
         if not any(re.search(pattern, name) for name in declare.names):
             raise ConfigError(
@@ -64,3 +68,13 @@ def make_model(
                 f" they are: {', '.join(declare.names)}; mend it or leave it out"
             )
     return model
+
+
+def _channel_groups(model: Decoder, rules: tuple[Rule, ...]) -> list[int | None]:
+    """Returns the groups in which the feed-forward's channels are multiplied, a matrix each."""
+    forms = [
+        form_of(matrix.source.pattern_name, rules)
+        for _, matrix in declared_weights(model)
+        if isinstance(matrix, Matrix) and matrix.axes[-1] == "ffn"
+    ]
+    return [form.group for form in forms if form is not None]

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
 from pallasite.pallas_kernels.storage import quantize_rows
@@ -47,11 +47,20 @@ def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Floa
             preferred_element_type=jnp.int32,
         ).astype(jnp.float32)
         return sums * x_scales * matrix.scales[None, :, 0]
-    sums = jax.lax.dot_general(
-        rows, values, (((2,), (2,)), ((1,), (1,))), preferred_element_type=jnp.int32
-    ).astype(jnp.float32)  # [groups, T, out]
-    scaled = sums * x_scales.T[:, :, None] * matrix.scales.T[:, None, :]
-    return jnp.sum(scaled, axis=0)
+
+    def add_group(group: Int[Array, ""], total: Float[Array, "T out"]) -> Float[Array, "T out"]:
+        own_rows, own_values, own_x_scales, own_scales = (
+            jax.lax.dynamic_index_in_dim(array, group, 1, keepdims=False)
+            for array in (rows, values, x_scales, matrix.scales)
+        )
+        sums = jax.lax.dot_general(
+            own_rows, own_values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
+        ).astype(jnp.float32)
+        return total + sums * own_x_scales[:, None] * own_scales[None, :]
+
+    # Group by group: the sums of all at once would be as many times larger than the result.
+    nothing = jnp.zeros((num_tokens, matrix.values.shape[0]), jnp.float32)
+    return jax.lax.fori_loop(0, num_groups, add_group, nothing)
 
 
 def _dot(x: Float[Array, "T in"], weight: jax.Array, dtype: DTypeLike) -> Float[Array, "T out"]:

@@ -115,6 +115,7 @@ class TestVision:
         assert read(hf, 34).eos_token_ids == (1,)
 
 
+ENDS = {"eos_token_ids": (2,), "bos_token_id": 1}
 LONG_ROPE = FAMILY_MODELS["phi3-long-rope"].hf["rope_parameters"]
 
 
@@ -132,6 +133,21 @@ LONG_ROPE = FAMILY_MODELS["phi3-long-rope"].hf["rope_parameters"]
         ("qwen2-windows", {"layer_types": ..., "max_window_layers": 0}, {"windows": (WINDOW,) * 3}),
         ("qwen2-windows", {"layer_types": ..., "max_window_layers": ...}, {"windows": ()}),
         ("qwen2-windows", {"max_window_layers": 3}, {"windows": (None, WINDOW, WINDOW)}),
+        ("qwen2-windows", {"layer_types": ..., "sliding_window": None}, {"windows": ()}),
+        # As transformers has them; not where the vocabulary ends before.
+        ("llama-one-key-head", {"eos_token_id": ..., "bos_token_id": ...}, ENDS),
+        ("mistral-window", {"eos_token_id": ..., "bos_token_id": ...}, ENDS),
+        ("phi3-window", {"eos_token_id": ...}, {"eos_token_ids": ()}),
+        (
+            "phi3-window",
+            {"eos_token_id": ..., "vocab_size": 32064},
+            {"eos_token_ids": (32000,), "vocab_size": 32064},
+        ),
+        (
+            "olmo2",
+            {"eos_token_id": ..., "vocab_size": 50304},
+            {"eos_token_ids": (50279,), "vocab_size": 50304},
+        ),
         (
             "qwen2-windows",
             {"use_sliding_window": False, "layer_types": kinds("fff")},
@@ -218,7 +234,7 @@ def test_the_attention_factor_of_long_rope(factor, context_len, expected):
         ("qwen2-tied", {"attention_bias": False}, "attention_bias=False"),
         ("qwen2-windows", {"use_sliding_window": False}, "layer_types.*agree"),
         ("qwen2-windows", {"layer_types": kinds("fs")}, "layer_types of 2 layers.*is 3"),
-        ("qwen2-windows", {"sliding_window": None}, "no 'sliding_window'"),
+        ("qwen2-windows", {"sliding_window": None}, "layer_types.*agree"),
         ("qwen3-windows", {"max_window_layers": -1}, "max_window_layers=-1"),
         ("qwen3-windows", {"use_sliding_window": 1}, "use_sliding_window=1"),
         ("gemma3-one-key-head", {"sliding_window_pattern": 0}, "sliding_window_pattern=0"),

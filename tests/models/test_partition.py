@@ -281,8 +281,17 @@ def test_laid_out_values_are_the_models_own_and_padding_is_zero(partition, name,
 @example(groups=[None])
 @example(groups=[32, None, 48])
 def test_the_unit_is_the_least_that_every_group_divides(groups):
-    unit = group_unit(groups)
+    unit = group_unit(groups, 1 << 40, 1)
     sizes = [group for group in groups if group is not None]
     assert all(unit % size == 0 for size in sizes)
     smaller = (n for n in range(1, unit) if all(n % size == 0 for size in sizes))
     assert next(smaller, None) is None
+
+
+@pytest.mark.parametrize(
+    ("groups", "num_parts", "unit"),
+    [([128], 8, 128), ([128, 96], 2, 384), ([14336], 1, 14336), ([14336], 2, 1), ([8192], 2, 8192)],
+)
+def test_groups_too_wide_to_pad_for_are_left_to_be_refused(groups, num_parts, unit):
+    """14,336 channels: two groups of 8,192 are 1.14 times as many, two of 14,336 twice."""
+    assert group_unit(groups, 14336, num_parts) == unit
