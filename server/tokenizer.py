@@ -14,13 +14,11 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pallasite.engine.errors import ConfigError, RequestError
+from pallasite.models.checkpoint_write import TOKENIZER_GGUF
 from pallasite.models.gguf_file import GgufFile
 from pallasite.server.tokenizer_gguf import build_from_gguf
 from pallasite.server.tokenizer_hf import build_from_folder
 from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, check_text
-
-TOKENIZER_GGUF = "tokenizer.gguf"
-"""A GGUF file of a tokenizer's settings alone."""
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
