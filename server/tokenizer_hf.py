@@ -11,7 +11,7 @@ from typing import Any
 import tokenizers
 
 from pallasite.engine.errors import ConfigError
-from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder
+from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder, splits_of_unused
 from pallasite.server.sentencepiece_file import SentencePieceModel, read_model
 from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, unique
 
@@ -26,6 +26,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
     """
     settings = _read_json(folder / "tokenizer_config.json")
     opens_with_space = False
+    splits: dict[int, tuple[int, ...]] = {}
     if (folder / "tokenizer.json").is_file():
         encoder = _read_encoder(folder / "tokenizer.json")
         is_byte_level, strips_leading_space = _read_decoder(encoder)
@@ -38,6 +39,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         encoder = build_encoder(
             model.pieces, puts_space_in_front=model.adds_space and not opens_with_space
         )
+        splits = splits_of_unused(model.pieces)
         _add_tokens(encoder, model.pieces, settings, _read_json(folder / "added_tokens.json"))
     else:
         raise ConfigError(
@@ -62,6 +64,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
     return TokenizerParts(
         encoder=encoder,
         opens_with_space=opens_with_space,
+        splits=splits,
         special_tokens=special_tokens,
         is_byte_level=is_byte_level,
         strips_leading_space=strips_leading_space,
