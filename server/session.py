@@ -15,7 +15,7 @@ from pallasite.engine.engine import Engine
 from pallasite.engine.request import Request, SamplingParams, TokenLogprobs
 from pallasite.models.errors import ConfigError
 from pallasite.models.pull import locate
-from pallasite.server.arguments import engine_config, engine_flags_given
+from pallasite.server.arguments import engine_config, engine_flags_given, own_adapters
 from pallasite.server.chat_template import ChatTemplate
 from pallasite.server.config import TextLimits
 from pallasite.server.generate import TextEngine
@@ -112,7 +112,7 @@ def open_session(args: argparse.Namespace) -> AbstractAsyncContextManager[Sessio
                 "got neither MODEL nor --server; one of them is required; name a model, or a"
                 " server that runs"
             )
-        return open_engine(locate(args.model), engine_config(args), args.load_adapter)
+        return open_engine(locate(args.model), engine_config(args), own_adapters(args))
     if given := engine_flags_given(args):
         raise ConfigError(
             f"got {given[0]} with --server, whose engine is set up already; it is allowed where"
