@@ -15,8 +15,8 @@ from pallasite.models.partition import Partition, group_unit
 from pallasite.models.phi3 import Phi3
 from pallasite.models.qwen2 import Qwen2
 from pallasite.models.qwen3 import Qwen3
-from pallasite.models.weights import Declare
-from pallasite.pallas_kernels.target import Target
+from pallasite.models.weights import Declare, Matrix, declared_weights
+from pallasite.pallas_kernels.target import CPU, Target
 
 FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
     "llama": Llama,
@@ -64,3 +64,17 @@ def make_model(
                 f" they are: {', '.join(declare.names)}; mend it or leave it out"
             )
     return model
+
+
+def matrix_forms(
+    config: ModelConfig, base: BaseForm, rules: tuple[Rule, ...] = ()
+) -> dict[str, str]:
+    """Returns the form that each matrix is held in, by the name that rules are matched against.
+
+    Neither a target nor a mesh changes one. Raises ConfigError as `make_model` does.
+    """
+    return {
+        weight.source.pattern_name: str(weight.form)
+        for _, weight in declared_weights(make_model(config, base, CPU, rules=rules))
+        if isinstance(weight, Matrix)
+    }
