@@ -23,7 +23,6 @@ from pallasite.server.flags import (
     WHOLE,
     Flag,
     add_flags,
-    flag_name,
     read_flags,
 )
 
@@ -104,17 +103,6 @@ def benchmark_parser(description: str) -> Parser:
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """Returns the engine that the flags ask for. Raises ConfigError where they contradict."""
     return read_flags(args, EngineConfig, ENGINE_FLAGS, compile_cache=args.compile_cache)
-
-
-def serve_flags(config: EngineConfig) -> list[str]:
-    """Returns the flags that make `pallasite serve` run this engine."""
-    cache = config.compile_cache
-    flags = ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
-    for flag in ENGINE_FLAGS:
-        if (value := getattr(config, flag.field)) is not None:
-            assert flag.kind is not None
-            flags += [flag_name(EngineConfig, flag), flag.kind.show(value)]
-    return flags
 
 
 def vocab_size(model: str) -> int:

@@ -17,11 +17,12 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Self
 
-from benchmarks.options import Workload, say, serve_flags
+from benchmarks.options import Workload, say
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.engine import Engine
 from pallasite.engine.request import Request
 from pallasite.models.errors import ConfigError
+from pallasite.server.arguments import engine_line
 
 START_S = 600.0
 STOP_S = 60.0
@@ -52,7 +53,7 @@ class ServerProcess:
         self._has_address = threading.Event()
         self.started_s = time.monotonic()
         self._process = subprocess.Popen(
-            [pallasite, "serve", model, "--port", "0", *serve_flags(config)],
+            [pallasite, "serve", model, "--port", "0", *engine_line(config)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,

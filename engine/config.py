@@ -9,6 +9,8 @@ from pallasite.models.forms import BaseForm, Rule, check_rules
 from pallasite.models.kv_cache import CacheForm
 from pallasite.models.sharding import MeshShape
 
+DEFAULT_ADAPTER_RANK = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -44,7 +46,8 @@ class EngineConfig:
         cache_tokens: tokens that the cache holds over all requests; None takes all that fits on an
             accelerator, and on a CPU 1,024 a request, but at least one whole context.
         max_adapters: adapters that may be loaded at once; 0 makes no room for any.
-        max_adapter_rank: the highest rank of one.
+        max_adapter_rank: the highest rank of one, for a config with room for any; None takes
+            DEFAULT_ADAPTER_RANK.
         max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
@@ -63,7 +66,7 @@ class EngineConfig:
     num_pages: int | None = None
     cache_tokens: int | None = None
     max_adapters: int = 0
-    max_adapter_rank: int = 16
+    max_adapter_rank: int | None = None
     max_waiting: int = 1024
     max_unread_tokens: int = 65536
     max_leases: int = 1024
@@ -76,13 +79,18 @@ class EngineConfig:
         _at_least("max_requests", self.max_requests, 2 * data)
         _at_least("max_batch_tokens", self.max_batch_tokens, self.max_requests + 1)
         _at_least("max_adapters", self.max_adapters, 0)
-        _at_least("max_adapter_rank", self.max_adapter_rank, 1)
         _at_least("max_waiting", self.max_waiting, 1)
         _at_least("max_unread_tokens", self.max_unread_tokens, 1)
         _at_least("max_leases", self.max_leases, 0)
-        for name in ("max_context_len", "num_pages", "cache_tokens"):
+        optional = {"max_context_len": 2, "num_pages": 2, "cache_tokens": 2, "max_adapter_rank": 1}
+        for name, least in optional.items():
             if (value := getattr(self, name)) is not None:
-                _at_least(name, value, 2)
+                _at_least(name, value, least)
+        if self.max_adapter_rank is not None and not self.max_adapters:
+            raise ConfigError(
+                f"got max_adapter_rank={self.max_adapter_rank} and no max_adapters; a rank is"
+                " allowed where there is room for adapters; set max_adapters, or leave it out"
+            )
         if self.num_pages is not None and self.cache_tokens is not None:
             raise ConfigError(
                 "got both num_pages and cache_tokens; they say the same thing; leave one out"
@@ -106,6 +114,11 @@ class EngineConfig:
     def cache_form(self) -> CacheForm:
         """What keys and values are rounded to."""
         return self.weights if self.cache == "auto" else self.cache
+
+    @property
+    def adapter_rank(self) -> int:
+        """The rank that each slot for an adapter has."""
+        return self.max_adapter_rank or DEFAULT_ADAPTER_RANK
 
     @property
     def requests_per_shard(self) -> int:

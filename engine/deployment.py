@@ -83,7 +83,7 @@ class Deployment:
             model=self.model,
             target=self.cache_spec.target,
             num_slots=self.config.max_adapters,
-            rank=self.config.max_adapter_rank,
+            rank=self.config.adapter_rank,
         )
 
     def memory_plan(self, temporaries: int, limit: int | None) -> MemoryPlan:

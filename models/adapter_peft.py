@@ -33,7 +33,11 @@ _UNSUPPORTED: dict[str, tuple[object, ...]] = {
     "trainable_token_indices": ([], {}),
     "target_parameters": ([],),
     "alora_invocation_tokens": (),
+    "layer_replication": ([],),
 }
+# What A and B begin with and the base keeps its weights; of the others (PiSSA, OLoRA, CorDA, LoftQ)
+# a part is taken out of the base, so that A and B mean nothing beside the base as it was.
+_KEEP_BASE: tuple[object, ...] = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class PeftAdapter:
@@ -53,6 +57,12 @@ class PeftAdapter:
             value = self._fields.values.get(name)
             if value is not None and value not in neutral:
                 raise self._fields.error(name, "it is not supported here; leave it out")
+        if (start := self._fields.values.get("init_lora_weights")) not in _KEEP_BASE:
+            raise CheckpointError(
+                f"got init_lora_weights={shown(start)} in adapter_config.json, which changes the"
+                " base's own weights; allowed are true, false, 'gaussian', 'eva' and 'orthogonal';"
+                " save the adapter anew with PEFT's path_initial_model_for_weight_conversion"
+            )
         self._pairs = self._find_pairs()
 
     def read(self) -> dict[str, HostLowRank]:
@@ -95,7 +105,8 @@ class PeftAdapter:
         return HostLowRank(a, b)
 
     def _scale(self, name: str, rank: int) -> float:
-        alpha = self._by_module("alpha_pattern", name, self._fields.number("lora_alpha", 8.0))
+        own = self._own("alpha_pattern", name)
+        alpha = own[0].number(own[1]) if own else self._fields.number("lora_alpha", 8.0)
         is_stable = self._fields.flag("use_rslora", False)
         return alpha / (math.sqrt(rank) if is_stable else rank)
 
@@ -134,7 +145,8 @@ class PeftAdapter:
                 " adapter again"
             )
         a, b = (self._file.tensors[pair[part]].shape for part in "AB")
-        rank = int(self._by_module("rank_pattern", name, float(self._fields.integer("r"))))
+        own = self._own("rank_pattern", name)
+        rank = own[0].integer(own[1]) if own else self._fields.integer("r")
         if rank > self._room.rank:
             raise CheckpointError(
                 f"got an adapter of rank {rank}; at most {self._room.rank} is allowed; start the"
@@ -148,16 +160,16 @@ class PeftAdapter:
             )
         return pair["A"], pair["B"]
 
-    def _by_module(self, field: str, name: str, default: float) -> float:
-        """A module's own rank or alpha, by the patterns that match the end of its name."""
+    def _own(self, field: str, name: str) -> tuple[Fields, str] | None:
+        """Where a module's own rank or alpha is: the first pattern that its name ends with."""
         own = self._fields.fields(field)
         for pattern in own.values:
             # Patterns may be expressions; names of modules, which is what PEFT writes, are enough.
             if not re.fullmatch(r"[\w.]{1,200}", pattern):
                 raise own.error(pattern, "only modules' names are supported as patterns")
             if f".{name}".endswith(f".{pattern}"):
-                return own.number(pattern)
-        return default
+                return own, pattern
+        return None
 
     def _target_names(self) -> list[str]:
         names = (matrix.source.pattern_name.rsplit(".", 1)[-1] for matrix in self._room.matrices())

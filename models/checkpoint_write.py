@@ -22,17 +22,19 @@ from pallasite.models.compressed_settings import can_hold, compressed_parts, com
 from pallasite.models.errors import ConfigError
 from pallasite.models.forms import Form, Rule, check_rules, form_of, pattern_name
 from pallasite.models.hf_settings import hf_settings
-from pallasite.models.quantize import QuantizedTensor, Stored, rounded
+from pallasite.models.quantize import QuantizedTensor, Stored, checked_group, rounded
 from pallasite.models.safetensors_write import ShardWriter
 
 MAX_SHARD_BYTES = 2 * 10**9
+TOKENIZER_GGUF = "tokenizer.gguf"
+"""Has the tokenizer, and no tensors, in a folder that was made of a GGUF file."""
 
 Progress = Callable[[int, int], None]
 """Called with the tensors written so far and those there are."""
 COPIED_FILES = (
     *("generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model"),
     *("special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
-    *("chat_template.jinja", "chat_template.json"),
+    *("chat_template.jinja", "chat_template.json", TOKENIZER_GGUF),
 )
 """What `surroundings_of` takes from a folder, where it is there."""
 
@@ -72,6 +74,7 @@ def write_checkpoint(
     Raises ConfigError for a rule that is wrong or names nothing, a group that does not divide, and
     a folder that is not empty or cannot be written to.
     """
+    check_writable(checkpoint, rules, folder)
     forms = _choose(checkpoint, rules)
     quantized = {name: form for name, form in forms.items() if form and form.is_quantized}
     if all(can_hold(form) for form in quantized.values()):
@@ -81,11 +84,6 @@ def write_checkpoint(
         parts_of, stated = pallasite_parts, pallasite_settings(quantized)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(
-                f"got the folder {folder.name!r}, which is not empty; a checkpoint needs a new one;"
-                " choose another name"
-            )
         with closing(ShardWriter(folder, max_shard_bytes)) as shards:
             for index, name in enumerate(checkpoint.shapes):
                 tensor = _round(checkpoint.read(name), forms.get(pattern_name(name)))
@@ -104,10 +102,30 @@ def write_checkpoint(
             settings["quantization_config"] = stated
         (folder / "config.json").write_text(json.dumps(settings, indent=2))
     except OSError as error:
-        raise ConfigError(
-            f"got the folder {folder.name!r}, which cannot be written to ({error.strerror}); it"
-            " must be a new folder on a disk with room; choose another"
-        ) from error
+        raise _unwritable(folder, error) from error
+
+
+def check_writable(checkpoint: Checkpoint, rules: tuple[Rule, ...], folder: Path) -> None:
+    """Raises ConfigError as `write_checkpoint` would, as far as can be told before it writes."""
+    forms = _choose(checkpoint, rules)
+    for name, shape in checkpoint.shapes.items():
+        if (form := forms.get(pattern_name(name))) is not None:
+            checked_group(shape[-1], form)
+    try:
+        if folder.exists() and any(folder.iterdir()):
+            raise ConfigError(
+                f"got the folder {folder.name!r}, which is not empty; a checkpoint needs a new one;"
+                " choose another name"
+            )
+    except OSError as error:
+        raise _unwritable(folder, error) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"got the folder {folder.name!r}, which cannot be written to ({error.strerror}); it must be"
+        " a new folder on a disk with room; choose another"
+    )
 
 
 def _choose(checkpoint: Checkpoint, rules: tuple[Rule, ...]) -> dict[str, Form | None]:
@@ -121,8 +139,8 @@ def _choose(checkpoint: Checkpoint, rules: tuple[Rule, ...]) -> dict[str, Form |
     for pattern, _ in rules:
         if not any(re.search(pattern, name) for name in names):
             raise ConfigError(
-                f"got the weight pattern {pattern!r}, which matches none of this model's matrices:"
-                f" {', '.join(dict.fromkeys(names))}; mend it or leave it out"
+                f"got the weight pattern {pattern!r}, which matches none of this model's matrices;"
+                f" they are: {', '.join(dict.fromkeys(names))}; mend it or leave it out"
             )
     all_rules = (*rules, *checkpoint.config.stored_forms)
     return {name: form_of(name, all_rules) for name in names}

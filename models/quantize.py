@@ -76,7 +76,7 @@ def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
     Raises ConfigError where the form's group does not divide the rows.
     """
     num_rows, num_inputs = weight.shape
-    group = _checked_group(num_inputs, form)
+    group = checked_group(num_inputs, form)
     dtype = {"int4": np.dtype(np.uint8), "int8": np.dtype(np.int8), "fp8": FLOAT8}[form.kind]
     values = np.empty(weight.shape, dtype)
     scales = np.empty((num_rows, num_inputs // group), np.float32)
@@ -101,7 +101,8 @@ def rounded(tensor: Stored, form: Form) -> QuantizedTensor:
     return quantize(tensor, form)
 
 
-def _checked_group(num_inputs: int, form: Form) -> int:
+def checked_group(num_inputs: int, form: Form) -> int:
+    """Returns the group of a row of `num_inputs`. Raises ConfigError where it does not divide."""
     group = num_inputs if form.group is None else form.group
     if num_inputs % group:
         fitting = [str(g) for g in range(16, 513, 2) if num_inputs % g == 0]

@@ -16,7 +16,7 @@ from pallasite.models.phi3 import Phi3
 from pallasite.models.qwen2 import Qwen2
 from pallasite.models.qwen3 import Qwen3
 from pallasite.models.weights import Declare, Matrix, declared_weights
-from pallasite.pallas_kernels.target import Target
+from pallasite.pallas_kernels.target import CPU, Target
 
 FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
     "llama": Llama,
@@ -68,6 +68,20 @@ def make_model(
                 f" they are: {', '.join(declare.names)}; mend it or leave it out"
             )
     return model
+
+
+def matrix_forms(
+    config: ModelConfig, base: BaseForm, rules: tuple[Rule, ...] = ()
+) -> dict[str, str]:
+    """Returns the form that each matrix is held in, by the name that rules are matched against.
+
+    Neither a target nor a mesh changes one. Raises ConfigError as `make_model` does.
+    """
+    return {
+        weight.source.pattern_name: str(weight.form)
+        for _, weight in declared_weights(make_model(config, base, CPU, rules=rules))
+        if isinstance(weight, Matrix)
+    }
 
 
 def _channel_groups(model: Decoder, rules: tuple[Rule, ...]) -> list[int | None]:

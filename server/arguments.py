@@ -35,6 +35,7 @@ from pallasite.server.flags import (
     add_flags,
     flags_given,
     read_flags,
+    shown_flags,
 )
 
 _MODEL_HELP = "a pulled name, a GGUF file or a Hugging Face folder"
@@ -186,14 +187,16 @@ def build_parser() -> Parser:
     info.add_argument("model", metavar="MODEL", nargs="?", help=f"{_MODEL_HELP} (default: none)")
     _add_engine_flags(info)
 
-    for command in (serve, demo, generate, chat, score, evaluate):
+    for command in (serve, generate, chat, score, evaluate, info):
+        add_flags(command, "adapters", EngineConfig, ADAPTER_FLAGS)
+    for command in (serve, generate, chat, score, evaluate):
         command.add_argument(
             "--load-adapter",
             type=ADAPTER,
             metavar=ADAPTER.metavar,
             action="append",
             default=[],
-            help="load a LoRA adapter from a PEFT folder; any number of times (default: none)",
+            help="load a LoRA adapter from a PEFT folder; once for each (default: none)",
         )
     for command in (generate, chat, score, evaluate):
         command.add_argument(
@@ -210,7 +213,8 @@ def build_parser() -> Parser:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine that the flags ask for. Raises ConfigError where they contradict."""
-    flags: tuple[Flag, ...] = ENGINE_FLAGS + ADAPTER_FLAGS
+    # What `demo` shows is the model's own answer.
+    flags: tuple[Flag, ...] = ENGINE_FLAGS + (ADAPTER_FLAGS if args.command != "demo" else ())
     more: dict[str, Any] = {"compile_cache": args.compile_cache}
     if args.command == "serve":
         flags += QUEUE_FLAGS
@@ -225,6 +229,35 @@ def engine_config(args: argparse.Namespace) -> EngineConfig:
             " be room for each; raise --max-adapters"
         )
     return config
+
+
+def engine_line(config: EngineConfig) -> list[str]:
+    """The flags with which `pallasite serve` runs such an engine."""
+    cache = config.compile_cache
+    line = ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
+    return line + shown_flags(config, ENGINE_FLAGS + ADAPTER_FLAGS)
+
+
+def own_adapters(args: argparse.Namespace) -> list[tuple[str, Path]]:
+    """The adapters to load for a command that answers with one, or with none.
+
+    Raises ConfigError where what is loaded and what is named differ: before a model is loaded, and
+    so that nobody takes the base's answers for an adapter's.
+    """
+    loaded: list[tuple[str, Path]] = args.load_adapter
+    names = [name for name, _ in loaded]
+    if args.adapter and args.adapter not in names:
+        raise ConfigError(
+            f"got --adapter {args.adapter!r}, which is not loaded; loaded are:"
+            f" {', '.join(names) or 'none'}; load it with --load-adapter, or name another"
+        )
+    for name in names:
+        if name != args.adapter:
+            raise ConfigError(
+                f"got --load-adapter of {name!r}, which nothing would use; allowed is the one that"
+                " --adapter names; name it, or leave it out"
+            )
+    return loaded
 
 
 def engine_flags_given(args: argparse.Namespace) -> list[str]:
@@ -283,7 +316,6 @@ def _default_compile_cache() -> Path:
 
 def _add_engine_flags(parser: Parser) -> None:
     add_flags(parser, "engine", EngineConfig, ENGINE_FLAGS)
-    add_flags(parser, "adapters", EngineConfig, ADAPTER_FLAGS)
     parser.set_defaults(load_adapter=[])
     cache = parser.add_mutually_exclusive_group()
     cache.add_argument(

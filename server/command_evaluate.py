@@ -15,10 +15,13 @@ from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import ConfigError
 from pallasite.models.pull import locate
 from pallasite.models.sharding import MeshShape
-from pallasite.server.arguments import engine_config
+from pallasite.server.arguments import engine_config, own_adapters
 from pallasite.server.session import open_engine
 from pallasite.server.text_request import Scores
 from pallasite.server.tokenizer import Tokenizer, load_tokenizer
+
+_ALL_F32 = (("", "f32"),)
+"""A rule that every matrix's name matches, whatever a checkpoint holds it in."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +70,7 @@ class Comparison:
 
 def evaluate(args: argparse.Namespace) -> int:
     """Prints a model's perplexity on a text and, with --against, how it differs from another's."""
-    path, config = locate(args.model), engine_config(args)
+    path, config, adapters = locate(args.model), engine_config(args), own_adapters(args)
     other = None if args.against is None else locate(args.against)
     text = read_text(args.text, "--text")
     windows = cut(text, load_tokenizer(path), args.window)
@@ -76,14 +79,20 @@ def evaluate(args: argparse.Namespace) -> int:
             "got --against with another vocabulary; both models must have the same tokens; choose"
             " one of the same family"
         )
-    # What the flags say of forms is what is evaluated; the reference has none of it.
+    # What the flags and a checkpoint say of forms is what is evaluated; the reference has none.
     plain = replace(
-        config, weights="f32", quantize=(), cache="auto", mesh=MeshShape(), max_adapters=0
+        config,
+        weights="f32",
+        quantize=_ALL_F32,
+        cache="auto",
+        mesh=MeshShape(),
+        max_adapters=0,
+        max_adapter_rank=None,
     )
     _check_context(path, config, windows)
     if other is not None:
         _check_context(other, plain, windows)
-    model = _predict(path, config, windows, args.load_adapter, args.adapter)
+    model = _predict(path, config, windows, adapters, args.adapter)
     result: dict[str, object] = {
         "num_windows": len(windows),
         "num_tokens": len(model.logprobs),

@@ -16,6 +16,7 @@ from pallasite.engine.deployment import devices_for, plan_deployment
 from pallasite.engine.planner import memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
+from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import make_mesh
 from pallasite.models.weights import num_bytes
 from pallasite.pallas_kernels.target import TARGETS
@@ -94,6 +95,8 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
     sizes = {
         "num_parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
         "weights": config.weights,
+        "weight_forms": matrix_forms(model, config.weights, config.quantize),
+        "cache": config.cache_form,
         "mesh": str(config.mesh),
         **asdict(model),
     }
@@ -103,6 +106,9 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
 def _shown(name: str, value: Any) -> str:
     if value is None:
         return "known once it is compiled" if name in ("num_pages", "cached_tokens") else "-"
+    if name == "weight_forms":
+        names = {form: [n for n in value if value[n] == form] for form in value.values()}
+        return "; ".join(f"{form}: {', '.join(named)}" for form, named in names.items())
     if name.endswith("_bytes"):
         return f"{value / 1e6:,.1f} MB" if value >= 1e6 else f"{value:,} bytes"
     return f"{value:,}" if type(value) is int else str(value)

@@ -1,6 +1,8 @@
 """`pallasite quantize`: writes a checkpoint with its weights in the forms that rules choose."""
 
 import argparse
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -8,7 +10,12 @@ import jax
 
 from pallasite.models.calibration import measure_inputs
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
-from pallasite.models.checkpoint_write import surroundings_of, write_checkpoint
+from pallasite.models.checkpoint_write import (
+    TOKENIZER_GGUF,
+    check_writable,
+    surroundings_of,
+    write_checkpoint,
+)
 from pallasite.models.loader import load_weights
 from pallasite.models.pull import locate
 from pallasite.models.registry import make_model
@@ -18,10 +25,10 @@ from pallasite.models.weights import placed
 from pallasite.pallas_kernels.target import TARGETS
 from pallasite.server.command_evaluate import cut, read_text
 from pallasite.server.progress import progress_printer
-from pallasite.server.tokenizer import TOKENIZER_GGUF, load_tokenizer
+from pallasite.server.tokenizer import load_tokenizer
 
 _WINDOW = 512
-"""Tokens that smoothing's text is cut into."""
+"""Tokens that smoothing's text is cut into, where the model's context is not shorter."""
 
 
 def quantize(args: argparse.Namespace) -> int:
@@ -29,6 +36,11 @@ def quantize(args: argparse.Namespace) -> int:
     path, progress = locate(args.model), progress_printer()
     source: Checkpoint = open_checkpoint(path)
     surroundings = surroundings_of(path, source)
+    # Before a text is run, which takes long.
+    check_writable(source, args.rules, args.out)
+    if not path.is_dir():
+        files = {**surroundings.files, TOKENIZER_GGUF: _tokenizer_of(path)}
+        surroundings = replace(surroundings, files=files)
     if args.smooth is not None:
         progress("measuring the inputs of the matrices on the text")
         source = _smoothed(path, source, args.smooth)
@@ -39,14 +51,13 @@ def quantize(args: argparse.Namespace) -> int:
             progress(f"wrote {done} of {of} tensors")
 
     write_checkpoint(source, args.rules, surroundings, args.out, show)
-    if not path.is_dir():
-        _write_tokenizer(path, args.out / TOKENIZER_GGUF)
     progress(f"{args.out.name} is written")
     return 0
 
 
 def _smoothed(path: Path, checkpoint: Checkpoint, text: Path) -> Checkpoint:
-    windows = cut(read_text(text, "--smooth"), load_tokenizer(path), _WINDOW)
+    window = min(_WINDOW, checkpoint.config.context_len)
+    windows = cut(read_text(text, "--smooth"), load_tokenizer(path), window)
     device = jax.devices()[0]
     target, mesh = TARGETS[device.platform], make_mesh(MeshShape(), [device])
     model = placed(make_model(checkpoint.config, "f32", target), mesh)
@@ -54,15 +65,21 @@ def _smoothed(path: Path, checkpoint: Checkpoint, text: Path) -> Checkpoint:
     return Smoothed(checkpoint, sizes)
 
 
-def _write_tokenizer(source: Path, output: Path) -> None:
-    """Keeps a GGUF's tokenizer, as it says it, in a GGUF file without tensors."""
+def _tokenizer_of(source: Path) -> bytes:
+    """Returns a GGUF's tokenizer, as it says it, as a GGUF file without tensors.
+
+    The architecture is the source's: some of what a tokenizer does is known by it alone.
+    """
     reader = gguf.GGUFReader(source)
-    writer = gguf.GGUFWriter(output, "tokenizer")
-    for name, field in reader.fields.items():
-        if name.startswith("tokenizer."):
-            kinds = field.types
-            item = kinds[-1] if kinds[0] is gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kinds[0], item)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / TOKENIZER_GGUF
+        writer = gguf.GGUFWriter(output, reader.fields["general.architecture"].contents())
+        for name, field in reader.fields.items():
+            if name.startswith("tokenizer."):
+                kinds = field.types
+                item = kinds[-1] if kinds[0] is gguf.GGUFValueType.ARRAY else None
+                writer.add_key_value(name, field.contents(), kinds[0], item)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.close()
+        return output.read_bytes()

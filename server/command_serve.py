@@ -9,21 +9,13 @@ import threading
 from dataclasses import replace
 from pathlib import Path
 
-from pallasite.engine.config import EngineConfig
 from pallasite.engine.errors import ErrorCode, RequestError
 from pallasite.models.errors import ConfigError
 from pallasite.models.pull import is_pulled_name, locate
-from pallasite.server.arguments import engine_config
+from pallasite.server.arguments import engine_config, engine_line
 from pallasite.server.auth import load_keys
 from pallasite.server.config import ServerConfig, TextLimits, TlsFiles
-from pallasite.server.flags import (
-    ADAPTER_FLAGS,
-    ENGINE_FLAGS,
-    SERVER_FLAGS,
-    TEXT_LIMIT_FLAGS,
-    flag_name,
-    read_flags,
-)
+from pallasite.server.flags import SERVER_FLAGS, TEXT_LIMIT_FLAGS, read_flags
 from pallasite.server.progress import progress_printer
 from pallasite.server.server import serve as serve_until_signal
 
@@ -78,20 +70,6 @@ def demo(args: argparse.Namespace) -> int:
         return subprocess.run(command, stdin=subprocess.DEVNULL, check=False).returncode
 
 
-def _serve_arguments(args: argparse.Namespace) -> list[str]:
-    config = engine_config(args)
-    cache = config.compile_cache
-    arguments = [args.model, "--port", "0"]
-    arguments += ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
-    for name, folder in args.load_adapter:
-        arguments += ["--load-adapter", f"{name}={folder}"]
-    for flag in ENGINE_FLAGS + ADAPTER_FLAGS:
-        if (value := getattr(config, flag.field)) is not None:
-            assert flag.kind is not None
-            arguments += [flag_name(EngineConfig, flag), flag.kind.show(value)]
-    return arguments
-
-
 class _Served:
     """A server in a process of its own, on a free port, while the `with` block runs.
 
@@ -99,8 +77,9 @@ class _Served:
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
+        line = ["serve", args.model, "--port", "0", *engine_line(engine_config(args))]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "pallasite.server", "serve", *_serve_arguments(args)],
+            [sys.executable, "-m", "pallasite.server", *line],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             text=True,

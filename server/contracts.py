@@ -86,7 +86,8 @@ class PageAudit(Protocol):
 @runtime_checkable
 class Engine(Protocol):
     """Token ids in, token ids out. Each method may be called from any thread and returns at once,
-    but `drain` and `close`, which wait. Each raises RequestError where it cannot serve."""
+    but `audit`, `load_adapter` and `unload_adapter`, which wait for the step that runs, and `drain`
+    and `close`, which wait for requests. Each raises RequestError where it cannot serve."""
 
     @property
     def model_config(self) -> ModelConfig: ...

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pallasite.engine.config import EngineConfig, Limits
+from pallasite.engine.config import DEFAULT_ADAPTER_RANK, EngineConfig, Limits
 from pallasite.engine.request import SamplingParams
 from pallasite.models.forms import EVERY_LAYER, Rule
 from pallasite.models.sharding import DATA_AXIS, MODEL_AXIS, MeshShape
@@ -74,6 +74,8 @@ def _rules(text: str) -> tuple[Rule, ...]:
     for part in filter(None, text.split(";")):
         pattern, _, form = part.rpartition("=")
         rules.append((pattern or EVERY_LAYER, form))
+    if not rules:
+        raise ValueError
     return tuple(rules)
 
 
@@ -191,7 +193,12 @@ ENGINE_FLAGS = (
 )
 ADAPTER_FLAGS = (
     Flag(field="max_adapters", kind=WHOLE, help="adapters loaded at once at most"),
-    Flag(field="max_adapter_rank", kind=WHOLE, help="the highest rank of one"),
+    Flag(
+        field="max_adapter_rank",
+        kind=WHOLE,
+        help="the highest rank of one, where there is room for any",
+        unset=str(DEFAULT_ADAPTER_RANK),
+    ),
 )
 QUEUE_FLAGS = (
     Flag(field="max_waiting", kind=WHOLE, help="requests that wait at most"),
@@ -330,6 +337,17 @@ def read_flags(
     """Makes a config of what `add_flags` added, and of `more`. Raises ConfigError as it does."""
     values = {flag.field: getattr(args, _place(config, flag)) for flag in flags}
     return config(**values, **more)
+
+
+def shown_flags(config: Any, flags: Sequence[Flag]) -> list[str]:
+    """The command line that `read_flags` makes this config's fields of, without the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    line = []
+    for flag in flags:
+        if (value := getattr(config, flag.field)) != defaults[flag.field]:
+            assert flag.kind is not None
+            line += [flag_name(type(config), flag), flag.kind.show(value)]
+    return line
 
 
 def flags_given(args: argparse.Namespace, config: type, flags: Sequence[Flag]) -> list[str]:

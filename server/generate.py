@@ -11,12 +11,12 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, replace
 
 from pallasite.engine.errors import ErrorCode, RequestError
-from pallasite.engine.request import KvHandle, Request, SamplingParams, TokenLogprobs
+from pallasite.engine.request import KvHandle, Request
 from pallasite.server.contracts import Engine, TokenStream
 from pallasite.server.detokenizer import Detokenizer
 from pallasite.server.prompts import PromptEncoder
 from pallasite.server.text_request import Scores, TextEvent, TextRequest
-from pallasite.server.text_stream import Completion, TextStream, joined
+from pallasite.server.text_stream import Completion, TextStream, joined, score_params, scores_of
 
 # A lease is forgotten here this long after the engine has ended it.
 _HELD_SLACK_S = 5.0
@@ -141,37 +141,10 @@ class TextEngine:
         max_top = self.engine.config.limits.max_logprobs
         if not 0 <= top <= max_top:
             raise RequestError(f"got top={top}; allowed are 0 to {max_top}; change it", field="top")
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=top, logprobs=top
-        )
-        token_request = await self._token_request(replace(request, params=params))
+        token_request = await self._token_request(replace(request, params=score_params(top)))
         stream = self.engine.submit(token_request)
-        places: list[TokenLogprobs] = []
-        finish = None
-        try:
-            with self._owned(stream, request.tenant):
-                async for event in stream:
-                    places += [place for place in event.prompt_logprobs or () if place is not None]
-                    places += event.logprobs
-                    finish = event.finish or finish
-        finally:
-            if finish is None:
-                self.engine.abort(stream.request_id)
-        assert finish is not None, "a stream ended without its finish"
-        if finish.error is not None:
-            raise finish.error
-        if len(places) != len(token_request.prompt_ids):
-            raise RequestError(
-                "the request was aborted before its scores were known; send it again",
-                code=ErrorCode.UNAVAILABLE,
-            )
-        return Scores(
-            token_ids=token_request.prompt_ids,
-            logprobs=(None, *[place.logprob for place in places[:-1]]),
-            top=tuple(place.top for place in places),
-            usage=finish.usage,
-            timing=finish.timing,
-        )
+        with self._owned(stream, request.tenant):
+            return await scores_of(self.engine, stream, token_request.prompt_ids)
 
     def abort(self, request_id: str, tenant: str) -> bool:
         """Ends a request of the tenant's own; False where none of that name is in flight."""

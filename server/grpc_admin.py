@@ -1,4 +1,4 @@
-"""The Admin service: draining, profiles and audits, for the operator on the same machine."""
+"""The Admin service, for the operator on the same machine: draining, profiles, audits, adapters."""
 
 import asyncio
 import time

@@ -4,11 +4,11 @@ What follows from pieces, scores and types is here, whichever file they came fro
 U+2581 in a piece. Source: Kudo and Richardson, "SentencePiece" (2018).
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from itertools import groupby
-from math import isfinite
+from itertools import groupby, pairwise
+from math import inf, isfinite
 
 from tokenizers import AddedToken, Tokenizer, models, normalizers
 
@@ -50,8 +50,9 @@ class Pieces:
 def build_encoder(pieces: Pieces, *, puts_space_in_front: bool) -> Tokenizer:
     """Builds an encoder that knows the pieces of every type but CONTROL, which no text becomes.
 
-    It may put a space in front of each text that it is given, which decoding then takes away.
-    Raises ConfigError for a vocabulary that contradicts itself.
+    It may put a space in front of each text that it is given, which decoding then takes away. What
+    is joined to an UNUSED piece stays one; `splits_of_unused` cuts it. Raises ConfigError for a
+    vocabulary that contradicts itself.
     """
     texts = [
         text.replace(SPACE, " ") if piece_type == PieceType.USER_DEFINED else text
@@ -97,22 +98,18 @@ def _merges(pieces: Pieces) -> list[tuple[str, str]]:
     is leftmost: in runs of spaces, which may have one score for all lengths. No piece that a user
     defined takes part: it is found whole before, or not at all.
     """
-    normal = {
-        text: score
-        for text, piece_type, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)
-        if piece_type == PieceType.NORMAL
-    }
-    if normal and (longest := max(map(len, normal))) > MAX_PIECE_LEN:
+    joinable = _joinable(pieces)
+    if joinable and (longest := max(map(len, joinable))) > MAX_PIECE_LEN:
         raise _damaged(f"a piece of {longest} characters", f"pieces of {MAX_PIECE_LEN} at most")
     merges: list[tuple[str, str]] = []
     num_groups = num_joined = 0
-    for _, group in groupby(sorted(normal, key=lambda text: -normal[text]), key=normal.get):
+    for _, group in groupby(sorted(joinable, key=lambda text: -joinable[text]), key=joinable.get):
         splits: list[tuple[str, str]] = []
         for text in group:
             num_before = len(splits)
             for cut in range(len(text) - 1, 0, -1):
                 left, right = text[:cut], text[cut:]
-                if left in normal and right in normal:
+                if left in joinable and right in joinable:
                     splits.append((left, right))
             num_joined += len(splits) > num_before
         splits.sort(key=lambda split: (-len(split[0]), -len(split[1])))
@@ -124,6 +121,51 @@ def _merges(pieces: Pieces) -> list[tuple[str, str]]:
             "scores that say which is joined first",
         )
     return merges
+
+
+def splits_of_unused(pieces: Pieces) -> dict[int, tuple[int, ...]]:
+    """Returns what each UNUSED piece that text may be joined to is cut into again, in the end.
+
+    It is the two pieces that it was joined of, those cut likewise. How a piece was joined depends
+    on nothing around it: had a neighbour joined a part of it first, it would not be there.
+    """
+    joinable = _joinable(pieces)
+    ids = {text: token_id for token_id, text in enumerate(pieces.texts)}
+    splits: dict[int, tuple[int, ...]] = {}
+    unused = (text for text in joinable if pieces.types[ids[text]] == PieceType.UNUSED)
+    for text in sorted(unused, key=len):
+        pair = [ids[part] for part in _joined_of(text, joinable)]
+        if len(pair) == 2:
+            splits[ids[text]] = tuple(
+                token_id for part in pair for token_id in splits.get(part, (part,))
+            )
+    return splits
+
+
+def _joined_of(text: str, joinable: Mapping[str, float]) -> list[str]:
+    """Returns the two parts that a text's characters are joined to last, or none."""
+    parts = list(text)
+    if not all(part in joinable for part in parts):
+        return []
+    scores = [joinable.get(left + right, -inf) for left, right in pairwise(parts)]
+    while len(parts) > 2:
+        if (best := max(scores)) == -inf:
+            return []
+        i = scores.index(best)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+        del scores[i]
+        for j in range(max(0, i - 1), min(i + 1, len(scores))):
+            scores[j] = joinable.get(parts[j] + parts[j + 1], -inf)
+    return parts
+
+
+def _joinable(pieces: Pieces) -> dict[str, float]:
+    """Returns the scores of the pieces that text is joined to, and may be joined further from."""
+    return {
+        text: score
+        for text, piece_type, score in zip(pieces.texts, pieces.types, pieces.scores, strict=True)
+        if piece_type in (PieceType.NORMAL, PieceType.UNUSED)
+    }
 
 
 def _damaged(got: str, allowed: str) -> ConfigError:

@@ -12,10 +12,10 @@ from typing import Protocol, runtime_checkable
 
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.engine import Engine
-from pallasite.engine.request import Request, SamplingParams, TokenLogprobs
+from pallasite.engine.request import Request
 from pallasite.models.errors import ConfigError
 from pallasite.models.pull import locate
-from pallasite.server.arguments import engine_config, engine_flags_given
+from pallasite.server.arguments import engine_config, engine_flags_given, own_adapters
 from pallasite.server.chat_template import ChatTemplate
 from pallasite.server.config import TextLimits
 from pallasite.server.generate import TextEngine
@@ -23,6 +23,7 @@ from pallasite.server.progress import gather_shown, progress_printer
 from pallasite.server.prompts import PromptEncoder
 from pallasite.server.session_server import open_server
 from pallasite.server.text_request import Scores, TextEvent, TextRequest
+from pallasite.server.text_stream import score_params, scores_of
 from pallasite.server.tokenizer import load_tokenizer
 
 
@@ -68,27 +69,11 @@ class EngineSession:
         self, sequences: Sequence[Sequence[int]], top: int, adapter: str
     ) -> list[Scores]:
         """Scores sequences of token ids together. Raises RequestError for the first that failed."""
-        params = SamplingParams(
-            max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=top, logprobs=top
-        )
+        params = score_params(top)
 
         async def run(ids: Sequence[int]) -> Scores:
             request = Request(prompt_ids=tuple(ids), params=params, adapter=adapter)
-            places: list[TokenLogprobs] = []
-            async for event in self._engine.submit(request):
-                places += [place for place in event.prompt_logprobs or () if place is not None]
-                places += event.logprobs
-                finish = event.finish
-            assert finish is not None
-            if finish.error is not None:
-                raise finish.error
-            return Scores(
-                token_ids=request.prompt_ids,
-                logprobs=(None, *(place.logprob for place in places[:-1])),
-                top=tuple(place.top for place in places),
-                usage=finish.usage,
-                timing=finish.timing,
-            )
+            return await scores_of(self._engine, self._engine.submit(request), request.prompt_ids)
 
         at_once = min(2 * self._engine.config.max_requests, self._engine.config.max_waiting)
         calls = [partial(run, ids) for ids in sequences]
@@ -112,7 +97,7 @@ def open_session(args: argparse.Namespace) -> AbstractAsyncContextManager[Sessio
                 "got neither MODEL nor --server; one of them is required; name a model, or a"
                 " server that runs"
             )
-        return open_engine(locate(args.model), engine_config(args), args.load_adapter)
+        return open_engine(locate(args.model), engine_config(args), own_adapters(args))
     if given := engine_flags_given(args):
         raise ConfigError(
             f"got {given[0]} with --server, whose engine is set up already; it is allowed where"

@@ -1,12 +1,19 @@
-"""The engine's token events as text events, stop texts cut; knows no prompt and no protocol."""
+"""The engine's token events as text events, stop texts cut, and as scores; knows no protocol."""
 
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 
-from pallasite.engine.request import Finish, FinishReason, TokenEvent
+from pallasite.engine.errors import ErrorCode, RequestError
+from pallasite.engine.request import (
+    Finish,
+    FinishReason,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from pallasite.server.contracts import Engine, TokenStream
 from pallasite.server.detokenizer import Detokenizer
-from pallasite.server.text_request import TextEvent
+from pallasite.server.text_request import Scores, TextEvent
 
 
 class TextStream:
@@ -126,4 +133,43 @@ def joined(events: list[TextEvent]) -> TextEvent:
         logprobs=[place for event in events for place in event.logprobs],
         prompt_logprobs=events[0].prompt_logprobs,
         finish=events[-1].finish,
+    )
+
+
+def score_params(top: int) -> SamplingParams:
+    """What a request that `scores_of` reads asks for: `top` likeliest tokens at each place."""
+    return SamplingParams(
+        max_tokens=1, temperature=0.0, ignore_eos=True, prompt_logprobs=top, logprobs=top
+    )
+
+
+async def scores_of(engine: Engine, stream: TokenStream, prompt_ids: tuple[int, ...]) -> Scores:
+    """Reads the scores of a prompt that was submitted with `score_params`.
+
+    Whoever is cancelled meanwhile has the request aborted. Raises RequestError where it failed.
+    """
+    places: list[TokenLogprobs] = []
+    finish = None
+    try:
+        async for event in stream:
+            places += [place for place in event.prompt_logprobs or () if place is not None]
+            places += event.logprobs
+            finish = event.finish or finish
+    finally:
+        if finish is None:
+            engine.abort(stream.request_id)
+    assert finish is not None, "a stream ended without its finish"
+    if finish.error is not None:
+        raise finish.error
+    if len(places) != len(prompt_ids):
+        raise RequestError(
+            "the request was aborted before its scores were known; send it again",
+            code=ErrorCode.UNAVAILABLE,
+        )
+    return Scores(
+        token_ids=prompt_ids,
+        logprobs=(None, *(place.logprob for place in places[:-1])),
+        top=tuple(place.top for place in places),
+        usage=finish.usage,
+        timing=finish.timing,
     )

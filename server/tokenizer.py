@@ -6,6 +6,7 @@ template): the encoder itself never makes one, so that no user's text can.
 
 import json
 import re
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +15,11 @@ import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers
 
 from pallasite.engine.errors import ConfigError, RequestError
+from pallasite.models.checkpoint_write import TOKENIZER_GGUF
 from pallasite.models.gguf_file import GgufFile
 from pallasite.server.tokenizer_gguf import build_from_gguf
 from pallasite.server.tokenizer_hf import build_from_folder
 from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, check_text
-
-TOKENIZER_GGUF = "tokenizer.gguf"
-"""A GGUF file of a tokenizer's settings alone."""
 
 _BYTE_PIECE = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -57,6 +56,7 @@ class Tokenizer:
         self._parts = parts
         self._encoder = parts.encoder
         self._encoder.encode_special_tokens = True
+        _refuse_unknown(self._encoder)
         # For the rest of a text that was cut, and for text behind a special token.
         self._inner_encoder = _without_prefix(parts.encoder)
         is_first_only = "first" in _prefix_schemes(parts.encoder)
@@ -203,7 +203,18 @@ class Tokenizer:
         return self._encode_plain(text, self._encoder, field)
 
     def _encode_plain(self, text: str, encoder: tokenizers.Tokenizer, field: str) -> list[int]:
-        encoding = encoder.encode(text, add_special_tokens=False)
+        ids = self._encode_textual(text, encoder, field)
+        splits = self._parts.splits
+        if splits.keys().isdisjoint(ids):
+            return ids
+        return [part for token_id in ids for part in splits.get(token_id, (token_id,))]
+
+    def _encode_textual(self, text: str, encoder: tokenizers.Tokenizer, field: str) -> list[int]:
+        """Encodes text to ids that are not special."""
+        try:
+            encoding = encoder.encode(text, add_special_tokens=False)
+        except Exception as error:  # the library raises no narrower class
+            raise _unspeakable(_find_unknown(text, encoder), field) from error
         ids = encoding.ids
         if self.special_ids.isdisjoint(ids):
             return ids
@@ -220,7 +231,7 @@ class Tokenizer:
         ids = []
         for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True):
             part_encoder = encoder if start == 0 else self._inner_encoder
-            ids += self._encode_plain(text[start:end], part_encoder, field)
+            ids += self._encode_textual(text[start:end], part_encoder, field)
         return ids
 
     def _check(self, text: str, field: str) -> None:
@@ -237,6 +248,34 @@ def _unspeakable(char: str, field: str) -> RequestError:
         " remove it",
         field=field,
     )
+
+
+def _refuse_unknown(encoder: tokenizers.Tokenizer) -> None:
+    """Has the encoder raise for a character that its vocabulary lacks, where it would drop it.
+
+    BPE without an unknown token drops it without a word; one that is no token makes it an error.
+    """
+    if isinstance(encoder.model, models.BPE) and encoder.model.unk_token is None:
+        name = "<unknown>"
+        while encoder.token_to_id(name) is not None:
+            name += ">"
+        encoder.model.unk_token = name
+
+
+def _find_unknown(text: str, encoder: tokenizers.Tokenizer) -> str:
+    """Returns a character that the encoder raises for in the text."""
+
+    def is_refused(part: str) -> bool:
+        try:
+            encoder.encode(part, add_special_tokens=False)
+        except Exception:  # noqa: BLE001 - the library raises no narrower class
+            return True
+        return False
+
+    alone = next(filter(is_refused, dict.fromkeys(text)), None)
+    # Where it is one only with those before it, the shortest beginning that is refused has it last.
+    ends = range(1, len(text))
+    return alone or text[bisect_left(ends, True, key=lambda end: is_refused(text[:end]))]
 
 
 def _make_finder(special_tokens: list[tokenizers.AddedToken]) -> tokenizers.Tokenizer:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, models
 from pallasite.engine.errors import ConfigError
 from pallasite.models.gguf_ends import ends_by_text
 from pallasite.server.pre_tokenizers import WORD_RULES
-from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder
+from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder, splits_of_unused
 from pallasite.server.tokenizer_parts import TokenizerParts, added, unique
 
 # Phi 3's other tokens take the space behind them, which the format has no field for.
@@ -57,6 +57,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         for token_id in range(len(texts))
     ]
     adds_space = False
+    splits: dict[int, tuple[int, ...]] = {}
     if kind == "gpt2":
         encoder, adds_bos = _build_byte_level(metadata, texts)
         encoder.add_tokens(
@@ -68,7 +69,9 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         )
     else:
         adds_space = _read(metadata, "add_space_prefix", bool, True)
-        encoder = build_encoder(_read_pieces(metadata, texts, types), puts_space_in_front=False)
+        pieces = _read_pieces(metadata, texts, types)
+        encoder = build_encoder(pieces, puts_space_in_front=False)
+        splits = splits_of_unused(pieces)
         adds_bos = True
 
     is_phi3 = kind == "llama" and metadata.get("general.architecture") == "phi3"
@@ -92,6 +95,7 @@ def build_from_gguf(metadata: Mapping[str, object]) -> TokenizerParts:
         # one, some with the space that this had put in front and some without.
         opens_with_space=adds_space,
         reopens_with_space=adds_space,
+        splits=splits,
         special_tokens=special_tokens,
         is_byte_level=kind == "gpt2",
         strips_leading_space=adds_space,
@@ -135,12 +139,10 @@ def _read_pieces(metadata: Mapping[str, object], texts: list[str], types: list[i
     scores = _read_list(metadata, "scores", float)
     if len(scores) != len(texts):
         raise _damaged("scores", f"{len(scores)} entries", f"one for each of {len(texts)} tokens")
-    return Pieces(
-        texts=texts,
-        types=types,
-        scores=scores,
-        unknown_id=_read_id(metadata, "unknown", len(texts)),
-    )
+    unknown_id = _read_id(metadata, "unknown", len(texts))
+    if unknown_id is None and PieceType.UNKNOWN in types:
+        unknown_id = types.index(PieceType.UNKNOWN)
+    return Pieces(texts=texts, types=types, scores=scores, unknown_id=unknown_id)
 
 
 _REQUIRED = object()

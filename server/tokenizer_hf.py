@@ -11,21 +11,24 @@ from typing import Any
 import tokenizers
 
 from pallasite.engine.errors import ConfigError
-from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder
+from pallasite.server.sentencepiece import Pieces, PieceType, build_encoder, splits_of_unused
 from pallasite.server.sentencepiece_file import SentencePieceModel, read_model
 from pallasite.server.tokenizer_parts import SPACE, TokenizerParts, added, unique
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token")
 
 
 def build_from_folder(folder: Path) -> TokenizerParts:
     """Builds the tokenizer of a Hugging Face folder.
 
     Reads tokenizer.json, or else tokenizer.model with added_tokens.json, and where they exist
-    tokenizer_config.json, generation_config.json, config.json and the chat template's file. Raises
-    ConfigError naming the file for one that is missing or damaged, and for a decoder of a kind
-    that is not known.
+    tokenizer_config.json, special_tokens_map.json for what that leaves out, generation_config.json,
+    config.json and the chat template's file. Raises ConfigError naming the file for one that is
+    missing or damaged, and for a decoder of a kind that is not known.
     """
-    settings = _read_json(folder / "tokenizer_config.json")
+    settings = _read_settings(folder)
     opens_with_space = False
+    splits: dict[int, tuple[int, ...]] = {}
     if (folder / "tokenizer.json").is_file():
         encoder = _read_encoder(folder / "tokenizer.json")
         is_byte_level, strips_leading_space = _read_decoder(encoder)
@@ -38,6 +41,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
         encoder = build_encoder(
             model.pieces, puts_space_in_front=model.adds_space and not opens_with_space
         )
+        splits = splits_of_unused(model.pieces)
         _add_tokens(encoder, model.pieces, settings, _read_json(folder / "added_tokens.json"))
     else:
         raise ConfigError(
@@ -62,6 +66,7 @@ def build_from_folder(folder: Path) -> TokenizerParts:
     return TokenizerParts(
         encoder=encoder,
         opens_with_space=opens_with_space,
+        splits=splits,
         special_tokens=special_tokens,
         is_byte_level=is_byte_level,
         strips_leading_space=strips_leading_space,
@@ -110,9 +115,7 @@ def _add_tokens(
         for token_id, text in enumerate(pieces.texts)
         if pieces.types[token_id] == PieceType.CONTROL
     }
-    special_texts = {
-        _content(settings.get(f"{name}_token")) for name in ("bos", "eos", "unk", "pad")
-    }
+    special_texts = {_content(settings.get(name)) for name in _NAMED_TOKENS}
     for text, token_id in added_ids.items():
         if type(token_id) is not int:
             raise _misplaced(text, token_id, "added_tokens.json")
@@ -161,6 +164,13 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def _read_settings(folder: Path) -> dict[str, Any]:
+    """Returns tokenizer_config.json's object, with special_tokens_map.json's tokens under it."""
+    tokens = _read_json(folder / "special_tokens_map.json")
+    named = {name: token for name, token in tokens.items() if name in _NAMED_TOKENS}
+    return named | _read_json(folder / "tokenizer_config.json")
+
+
 def _damaged(name: str, got: str) -> ConfigError:
     return ConfigError(
         f"got a damaged {name} ({got}); it must hold one JSON object; download it again"
@@ -175,8 +185,8 @@ def _token_id(encoder: tokenizers.Tokenizer, settings: dict[str, Any], name: str
     token_id = encoder.token_to_id(text) if isinstance(text, str) else None
     if token_id is None or not isinstance(text, str):
         raise ConfigError(
-            f"got {name}={text!r} in tokenizer_config.json; it must be a token of tokenizer.json;"
-            " mend one of the two"
+            f"got {name}={text!r} in tokenizer_config.json or special_tokens_map.json; it must be a"
+            " token of the tokenizer; mend one of them"
         )
     _make_special(encoder, token_id)
     return token_id

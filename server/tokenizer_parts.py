@@ -5,7 +5,7 @@ and knows no file.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import tokenizers
 
@@ -24,6 +24,7 @@ class TokenizerParts:
         opens_with_space: whether text that nothing comes before is encoded with a space in front
             that is not its own, which the encoder leaves to its caller.
         reopens_with_space: whether so is text behind a special token, unless it begins with one.
+        splits: id to the ids that the encoder's stands for, of SentencePiece's unused pieces.
         special_tokens: id to the special (control) token of that id.
         is_byte_level: whether a token's text stands for bytes, one character each (GPT-2); else
             it is a SentencePiece piece, with U+2581 for a space and `<0x0A>` for a byte.
@@ -39,6 +40,7 @@ class TokenizerParts:
     encoder: tokenizers.Tokenizer
     opens_with_space: bool = False
     reopens_with_space: bool = False
+    splits: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     special_tokens: Mapping[int, tokenizers.AddedToken]
     is_byte_level: bool
     strips_leading_space: bool

@@ -14,6 +14,7 @@ import numpy as np
 from pallasite.models.config import Llama3Rope
 from tests.family_model import FamilyModel, Json
 from tests.tiny_checkpoints import (
+    add_metadata,
     add_tensor,
     finish,
     interleave_rows,
@@ -50,8 +51,13 @@ def write_family_hf(
     return folder
 
 
-def write_family_gguf(path: Path, model: FamilyModel, kind: str = "F32") -> Path:
-    """Writes a GGUF file and returns its path; `kind` as in `write_gguf`.
+def write_family_gguf(
+    path: Path,
+    model: FamilyModel,
+    kind: str = "F32",
+    tokenizer: Mapping[str, object] | None = None,
+) -> Path:
+    """Writes a GGUF file and returns its path; `kind` and `tokenizer` as in `write_gguf`.
 
     A model that such a file would not hold whole is refused.
     """
@@ -61,6 +67,7 @@ def write_family_gguf(path: Path, model: FamilyModel, kind: str = "F32") -> Path
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[architecture])
     _add_sizes(writer, text)
     _add_rope(writer, text)
+    add_metadata(writer, tokenizer or {})
     names = gguf.get_tensor_name_map(architecture, text["num_hidden_layers"])
     for name, tensor in model.tensors().items():
         stored = _as_converted(name, tensor, text)

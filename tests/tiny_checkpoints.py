@@ -267,9 +267,7 @@ def write_gguf(
     ids_by_kind = zip(("eos", "eot", "eom"), config.eos_token_ids, strict=False)
     for name, token_id in ids_by_kind:
         writer.add_uint32(f"tokenizer.ggml.{name}_token_id", token_id)
-    for key, value in (tokenizer or {}).items():
-        add = {bool: writer.add_bool, str: writer.add_string, list: writer.add_array}[type(value)]
-        add(key, value)
+    add_metadata(writer, tokenizer or {})
     if config.rope_scaling is not None:
         divisors = llama3_divisors(config.rope_scaling, config.head_width, config.rope_theta)
         writer.add_tensor("rope_freqs.weight", divisors)
@@ -281,6 +279,16 @@ def write_gguf(
         add_tensor(writer, gguf_name(name), tensor, kind)
     finish(writer)
     return path
+
+
+def add_metadata(writer: gguf.GGUFWriter, metadata: Mapping[str, object]) -> None:
+    """Adds values by key, an int as 32 bits without a sign."""
+    adders = {
+        **{bool: writer.add_bool, int: writer.add_uint32},
+        **{str: writer.add_string, list: writer.add_array},
+    }
+    for key, value in metadata.items():
+        adders[type(value)](key, value)
 
 
 def add_tensor(writer: gguf.GGUFWriter, name: str, tensor: np.ndarray, kind: str) -> None:

@@ -1,15 +1,12 @@
-"""The load that is sent, and the flags that a server gets."""
+"""The load that is sent."""
 
 import math
 
 import numpy as np
 import pytest
 
-from benchmarks.options import Workload, serve_flags
-from pallasite.engine.config import EngineConfig
+from benchmarks.options import Workload
 from pallasite.models.errors import ConfigError
-from pallasite.models.sharding import MeshShape
-from pallasite.server.arguments import engine_config, parse
 
 
 def test_requests_are_as_long_as_asked_and_the_same_again():
@@ -52,20 +49,3 @@ def test_arrivals_keep_their_rate():
 def test_a_load_that_cannot_be_is_refused(fault):
     with pytest.raises(ConfigError, match=rf"got {next(iter(fault))}=.*; it must be .*; "):
         Workload(**fault)
-
-
-@pytest.mark.parametrize("has_cache", [True, False])
-def test_a_server_gets_the_whole_engine_config(tmp_path, has_cache):
-    config = EngineConfig(
-        weights="f32",
-        quantize=(("mlp", "int4:64"), ("self_attn|lm_head", "int8")),
-        cache="int8",
-        mesh=MeshShape(data=2, model=4),
-        max_requests=4,
-        max_context_len=256,
-        max_batch_tokens=64,
-        cache_tokens=1024,
-        compile_cache=tmp_path if has_cache else None,
-    )
-    args = parse(["serve", "some-model", *serve_flags(config)])
-    assert engine_config(args) == config

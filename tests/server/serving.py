@@ -105,6 +105,18 @@ async def serving_engine(engine, folder, *, api_key=None, **config):
         await server.stop()
 
 
+async def collect(stream):
+    """The events of a stream as (text, token ids, last finish) by index."""
+    texts, token_ids, finishes = {}, {}, {}
+    async for event in stream:
+        assert event.index not in finishes, "an event after the completion's finish"
+        texts[event.index] = texts.get(event.index, "") + event.text
+        token_ids.setdefault(event.index, []).extend(event.token_ids)
+        if event.HasField("finish"):
+            finishes[event.index] = event.finish
+    return texts, token_ids, finishes
+
+
 async def ids_of(stream):
     """The token ids of a stream of one completion."""
     return [token_id async for event in stream for token_id in event.token_ids]

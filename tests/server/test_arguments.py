@@ -2,14 +2,24 @@
 
 import dataclasses
 import re
+from pathlib import Path
 
 import pytest
 
 from pallasite.engine.config import EngineConfig, Limits
 from pallasite.engine.request import SamplingParams
 from pallasite.models.errors import ConfigError
+from pallasite.models.forms import EVERY_LAYER
 from pallasite.models.pull import cache_folder
-from pallasite.server.arguments import build_parser, engine_config, parse, sampling_params
+from pallasite.models.sharding import MeshShape
+from pallasite.server.arguments import (
+    build_parser,
+    engine_config,
+    engine_line,
+    own_adapters,
+    parse,
+    sampling_params,
+)
 from pallasite.server.config import ServerConfig, TextLimits
 from pallasite.server.flags import ENGINE_FLAGS, TABLES, add_flags, flag_name
 
@@ -152,6 +162,17 @@ def test_sampling_flags_reach_their_fields():
         ("generate m --prompt-ids 1,,2", "got --prompt-ids '1,,2'; allowed is token ids with"),
         ("generate m --prompt a --server 9000", "got --server '9000'; allowed is HOST:PORT"),
         ("generate m --prompt a --server h:99999", "got --server 'h:99999'; allowed is HOST:PORT"),
+        (
+            "serve m --quantize ;",
+            "got --quantize ';'; allowed is a form, or PATTERN=FORM with ;",
+        ),
+        (
+            "serve m --quantize=",
+            "got --quantize ''; allowed is a form, or PATTERN=FORM with ;",
+        ),
+        ("quantize m new --rules ;;", "got --rules ';;'; allowed is a form, or PATTERN=FORM with"),
+        ("demo m --max-adapters 1", "got '--max-adapters 1'; no such argument is known; see"),
+        ("demo m --load-adapter a=f", "got '--load-adapter a=f'; no such argument is known; see"),
         ("score m", "got no --input; it is required; see `pallasite score --help`"),
     ],
 )
@@ -167,11 +188,75 @@ def test_a_bad_argument_is_told_in_three_parts(line, message):
         ("serve m --max-requests 1", "got max_requests=1; it must be at least 2; raise it"),
         ("serve m --num-pages 9 --cache-tokens 9", "got both num_pages and cache_tokens"),
         ("serve m --max-lease-s nan", "got max_lease_s=nan"),
+        (
+            "serve m --max-adapter-rank 64",
+            "got max_adapter_rank=64 and no max_adapters; a rank is allowed where there is room",
+        ),
+        ("generate m --prompt x --max-adapter-rank 16", "got max_adapter_rank=16 and no max_ad"),
+        ("info m --max-adapter-rank 0 --max-adapters 1", "got max_adapter_rank=0; it must be at"),
     ],
 )
 def test_a_bad_config_is_told_in_three_parts(line, message):
     with pytest.raises(ConfigError, match=message):
         engine_config(parse(line.split()))
+
+
+def test_a_semicolon_too_many_is_no_rule():
+    config = engine_config(parse(["serve", "m", "--quantize", "mlp=int4;;fp8;"]))
+    assert config.quantize == (("mlp", "int4"), (EVERY_LAYER, "fp8"))
+
+
+def test_the_rank_of_an_adapter_has_a_default_where_there_is_room():
+    assert EngineConfig(max_adapters=2).adapter_rank == 16
+    assert EngineConfig(max_adapters=2, max_adapter_rank=64).adapter_rank == 64
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        EngineConfig(compile_cache=Path("kept")),
+        EngineConfig(
+            weights="f32",
+            quantize=(("mlp", "int4:64"), ("self_attn|lm_head", "int8")),
+            cache="int8",
+            mesh=MeshShape(data=2, model=4),
+            max_requests=4,
+            max_context_len=256,
+            max_batch_tokens=64,
+            cache_tokens=1024,
+        ),
+        EngineConfig(num_pages=9, max_adapters=2, max_adapter_rank=4),
+    ],
+)
+def test_an_engines_line_makes_the_same_engine(config):
+    """What `demo` and the benchmarks start is what they were asked for."""
+    assert engine_config(parse(["serve", "m", *engine_line(config)])) == config
+
+
+@pytest.mark.parametrize(
+    "command", ["generate --prompt x", "chat", "score --input f", "evaluate --text f"]
+)
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("--adapter a", "got --adapter 'a', which is not loaded; loaded are: none; load it with"),
+        ("--adapter c --load-adapter a=f --load-adapter b=f", "got --adapter 'c', .*: a, b; load"),
+        ("--load-adapter a=f", "got --load-adapter of 'a', which nothing would use; allowed is"),
+        ("--adapter a --load-adapter a=f --load-adapter b=f", "got --load-adapter of 'b', which"),
+    ],
+)
+def test_what_is_loaded_for_one_answer_is_what_answers(command, line, message):
+    args = parse([*command.split(), "m", "--max-adapters", "2", *line.split()])
+    with pytest.raises(ConfigError, match=message) as caught:
+        own_adapters(args)
+    assert str(caught.value).count("; ") >= 2
+
+
+def test_an_adapter_that_is_named_and_loaded_is_used():
+    line = ["generate", "m", "--prompt", "x", "--max-adapters", "1"]
+    assert own_adapters(parse(line)) == []
+    args = parse([*line, "--load-adapter", "a=f", "--adapter", "a"])
+    assert own_adapters(args) == [("a", Path("f"))]
 
 
 def test_two_biases_of_one_token_contradict():

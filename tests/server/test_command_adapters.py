@@ -4,8 +4,6 @@ import json
 
 import pytest
 
-from pallasite.server.arguments import engine_config, parse
-from pallasite.server.command_serve import _serve_arguments
 from tests.engine.harness import lively_tensors
 from tests.peft_adapters import Peft
 from tests.server.commands import served
@@ -15,6 +13,7 @@ PEFTS = {name: Peft(tensors=lively_tensors(), seed=i) for i, name in enumerate((
 GREEDY = ("--temperature", "0", "--max-tokens", "12", "--ignore-eos", "--json")
 ASK = ("--prompt", "Hello", *GREEDY)
 SAY = ("--message", "hi", *GREEDY)
+ROOM = ("--max-adapters", "2", "--max-adapter-rank", "4")
 
 
 @pytest.fixture(scope="module")
@@ -33,17 +32,18 @@ def flags(compile_cache):
 
 @pytest.fixture(scope="module")
 def loads(tmp_path_factory):
-    """The flags that load both adapters."""
+    """The flags that load each adapter, by its name."""
     folder = tmp_path_factory.mktemp("adapters")
-    line = ["--max-adapters", "2", "--max-adapter-rank", "4"]
-    for name, peft in PEFTS.items():
-        line += ["--load-adapter", f"{name}={peft.write(folder / name)}"]
-    return line
+    return {
+        name: ["--load-adapter", f"{name}={peft.write(folder / name)}"]
+        for name, peft in PEFTS.items()
+    }
 
 
 @pytest.fixture(scope="module")
 def server(models, flags, loads):
-    with served(models[""], *flags, *loads) as address:
+    both = [argument for line in loads.values() for argument in line]
+    with served(models[""], *flags, *ROOM, *both) as address:
         yield address
 
 
@@ -74,11 +74,11 @@ def logprobs(result):
 def test_an_adapter_answers_as_the_model_that_it_is_merged_into(
     run, models, flags, loads, server, sequences
 ):
-    """Here and through a server; a loaded adapter that is not named changes nothing."""
+    """Here and through a server, whose loaded adapters change nothing unless they are named."""
     answers, chats, scores = [], [], []
     for name, merged in models.items():
         named = ["--adapter", name] if name else []
-        here = [models[""], *flags, *loads, *named]
+        here = [models[""], *flags, *ROOM, *loads.get(name, []), *named]
         there = ["--server", server, *named]
         expected = tokens(run("generate", merged, *ASK, *flags))
         assert tokens(run("generate", *here, *ASK)) == expected
@@ -99,15 +99,41 @@ def test_an_adapter_answers_as_the_model_that_it_is_merged_into(
     assert max(gaps) > 0.1, "far beyond the tolerance above"
 
 
-def test_an_adapter_that_is_not_loaded_is_named(run, models, flags, loads, server):
-    for place in ([models[""], *flags, *loads], ["--server", server]):
-        for command in (["generate", *ASK], ["chat", *SAY]):
-            result = run(command[0], *place, *command[1:], "--adapter", "three")
-            assert result.status == 2
-            last = result.err.splitlines()[-1]
-            expected = "adapter: got 'three', which is not loaded; loaded are: one, two; choose"
-            assert last.startswith(f"pallasite: {expected}")
-            assert result.out == ""
+def test_an_adapter_that_is_not_loaded_is_named(run, server):
+    for command, *line in (["generate", *ASK], ["chat", *SAY]):
+        result = run(command, "--server", server, *line, "--adapter", "three")
+        assert result.status == 2
+        expected = "adapter: got 'three', which is not loaded; loaded are: one, two; choose"
+        assert result.err.splitlines()[-1].startswith(f"pallasite: {expected}")
+        assert result.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (
+            ["--adapter", "two"],
+            "got --adapter 'two', which is not loaded; loaded are: one; load it",
+        ),
+        ([], "got --load-adapter of 'one', which nothing would use; allowed is the one that"),
+    ],
+)
+def test_what_is_loaded_here_must_be_what_answers_before_the_model_is(
+    run, models, flags, loads, sequences, line, message
+):
+    """Nobody takes the base's answers for an adapter's."""
+    for command, *rest in (
+        ["generate", *ASK],
+        ["chat", *SAY],
+        ["score", "--input", sequences],
+        ["evaluate", "--text", sequences],
+    ):
+        result = run(command, models[""], *flags, *ROOM, *loads["one"], *rest, *line)
+        assert result.status == 2
+        assert result.err.startswith(f"pallasite: {message}")
+        # One line: no progress stands before it.
+        assert len(result.err.splitlines()) == 1
+        assert result.out == ""
 
 
 @pytest.mark.parametrize(
@@ -145,6 +171,7 @@ def test_a_folder_without_an_adapter_ends_with_status_2(run, models, flags, tmp_
     ):
         for command in (["generate", *ASK], ["serve", "--port", "0"]):
             load = ["--load-adapter", f"a={folder}"]
+            load += ["--adapter", "a"] if command[0] == "generate" else []
             result = run(command[0], *line, *load, *command[1:])
             assert result.status == 2
             assert result.err.splitlines()[-1].startswith(f"pallasite: {message}")
@@ -172,28 +199,10 @@ def test_room_for_adapters_is_counted(run, models):
     width, ffn, keys = TINY.model_width, TINY.ffn_width, TINY.num_kv_heads * TINY.head_width
     inputs = 3 * width + width + 2 * width + ffn
     outputs = width + 2 * keys + width + 2 * ffn + width
-    line = ["--weights", "f32", "--max-adapters", "2", "--max-adapter-rank", "4", "--json"]
+    line = ["--weights", "f32", *ROOM, "--json"]
     memory = json.loads(run("info", models[""], *line).out)["memory"]
     num_flags = 7 * 2  # whether each slot changes each matrix
     expected = 4 * 2 * 4 * TINY.num_layers * (inputs + outputs) + num_flags
     assert memory["device_adapters_bytes"] == expected
     none = json.loads(run("info", models[""], "--json").out)["memory"]
     assert none["device_adapters_bytes"] == 0
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        "",
-        "--mesh data=2,model=2 --quantize mlp=int4:16;self_attn=int8 --cache int8",
-        "--quantize int8 --weights f32 --max-requests 4 --max-context-len 64 --num-pages 32",
-        "--max-adapters 2 --max-adapter-rank 4 --load-adapter a=one --load-adapter b=two=2",
-    ],
-)
-def test_demo_passes_its_flags_on_to_its_server(models, line):
-    """What `demo` starts is parsed as `serve` does, and comes to the same engine and adapters."""
-    demo = parse(["demo", str(models[""]), *line.split()])
-    passed = parse(["serve", *_serve_arguments(demo)])
-    assert engine_config(passed) == engine_config(demo)
-    assert passed.load_adapter == demo.load_adapter
-    assert (passed.model, getattr(passed, "ServerConfig.port")) == (str(models[""]), 0)

@@ -8,6 +8,7 @@ import re
 
 import pytest
 
+from pallasite.models.sharding import MeshShape
 from tests.engine.harness import lively_tensors
 from tests.server.commands import pallasite_alone
 from tests.tiny_checkpoints import TINY, write_hf
@@ -104,22 +105,49 @@ def num_bytes(num_devices, value_bytes, has_scales):
     return TINY.num_layers * layer + 4 * width + 2 * 4 * vocab * width / num_devices
 
 
-@pytest.mark.parametrize(("mesh", "num_devices"), [("model=2", 2), ("data=2,model=2", 2), ("", 1)])
+@pytest.mark.parametrize(
+    "mesh", [MeshShape(model=2), MeshShape(data=2, model=2), MeshShape()], ids=str
+)
 @pytest.mark.parametrize(("form", "value_bytes"), [("f32", 4), ("int8", 1), ("fp8", 1)])
-def test_info_tells_what_each_device_holds(run, model, flags, mesh, num_devices, form, value_bytes):
-    line = ["--mesh", mesh] if mesh else []
+def test_info_tells_what_each_device_holds(run, model, flags, mesh, form, value_bytes):
+    line = [] if mesh == MeshShape() else ["--mesh", mesh]
     line += ["--cache-tokens", "128", "--quantize", form]
     result = run("info", model, *flags, *line, "--json")
     memory = json.loads(result.out)["memory"]
-    expected = num_bytes(num_devices, value_bytes, has_scales=form != "f32")
+    expected = num_bytes(mesh.model, value_bytes, has_scales=form != "f32")
     assert memory["device_weights_bytes"] == expected
     token_bytes = 2 * TINY.num_layers * TINY.num_kv_heads * TINY.head_width * 4
     assert memory["cached_token_bytes"] == token_bytes
-    num_shards = 2 if mesh.startswith("data=2") else 1
-    assert memory["device_cache_bytes"] == 128 * token_bytes / (num_shards * num_devices)
+    assert memory["device_cache_bytes"] == 128 * token_bytes / mesh.num_devices
     shown = run("info", model, *flags, *line).out
     assert re.search(rf"device weights bytes +{re.escape(as_shown(expected))}\n", shown)
-    assert re.search(rf"mesh +{mesh if ',' in mesh else ''}", shown)
+    assert re.search(rf"  mesh +{mesh}\n", shown)
+
+
+def test_info_tells_the_form_of_each_matrix(run, model, flags, tmp_path):
+    """By the flags, and by a checkpoint that is quantized; what nothing names has --weights."""
+    forms = {
+        **dict.fromkeys(("model.embed_tokens", "lm_head"), "f32"),
+        **{f"model.layers.*.self_attn.{x}_proj": "int8" for x in "qkvo"},
+        **{f"model.layers.*.mlp.{x}_proj": "int4:16" for x in ("gate", "up", "down")},
+    }
+    rules = "mlp=int4:16;self_attn=int8"
+    folder = tmp_path / "new"
+    assert run("quantize", model, folder, "--rules", rules).status == 0
+    for line in ([model, "--quantize", rules, "--cache", "int8"], [folder]):
+        facts = json.loads(run("info", *line, *flags, "--json").out)["model"]
+        assert facts["weight_forms"] == forms
+        assert facts["weights"] == "f32"
+        assert facts["cache"] == ("int8" if "--cache" in line else "f32")
+        shown = run("info", *line, *flags).out
+        assert re.search(rf"  cache +{facts['cache']}\n", shown)
+        row = re.search(r"  weight forms +(.*)\n", shown)[1].split("; ")
+        named = [
+            (name, form)
+            for form, names in (part.rsplit(": ", 1) for part in row)
+            for name in names.split(", ")
+        ]
+        assert sorted(named) == sorted(forms.items())
 
 
 def as_shown(count):

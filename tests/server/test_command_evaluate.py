@@ -8,7 +8,9 @@ import sys
 import numpy as np
 import pytest
 
+from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import ConfigError
+from pallasite.models.quantize import QuantizedTensor
 from pallasite.server.command_evaluate import cut
 from pallasite.server.tokenizer import load_tokenizer
 from tests.engine.harness import ORACLE, lively_tensors
@@ -184,6 +186,26 @@ def test_a_comparison_is_with_the_model_in_f32(evaluate, model):
     assert 0 < against["top_agreement"] < 1
 
 
+def test_a_reference_is_f32_whatever_its_checkpoint_holds_it_in(run, evaluate, model, tmp_path):
+    """Stored as w8a8, its values are what they are, but inputs are not rounded to int8."""
+    folder = tmp_path / "w8a8"
+    assert run("quantize", model, folder, "--rules", "w8a8;lm_head=w8a8").status == 0
+    checkpoint = open_checkpoint(folder)
+    tensors = {name: checkpoint.read(name) for name in checkpoint.shapes}
+    is_stored = {name for name, tensor in tensors.items() if isinstance(tensor, QuantizedTensor)}
+    assert "lm_head.weight" in is_stored
+    floats = {
+        name: tensor.dequantize() if name in is_stored else tensor.astype(np.float32)
+        for name, tensor in tensors.items()
+    }
+    content = TEXT.encode()
+    expected = perplexity(bytes_windows(content), LlamaOracle(TINY, floats))
+    result = evaluate(content, "--against", folder, of=folder)
+    assert result["against"]["perplexity"] == pytest.approx(expected, rel=1e-4)
+    assert result["perplexity"] != pytest.approx(expected, rel=2e-4)
+    assert result["against"]["logprob_difference"] > 1e-3
+
+
 def test_an_adapter_is_evaluated_beside_its_base(evaluate, model, tmp_path):
     content = TEXT.encode()
     windows = bytes_windows(content)
@@ -292,12 +314,3 @@ def test_a_model_with_other_tokens_is_no_reference(run, model, flags, tmp_path):
     assert result.status == 2
     assert result.err.startswith("pallasite: got --against with another vocabulary; both models")
     assert len(result.err.splitlines()) == 1
-
-
-def test_an_adapter_that_is_not_loaded_is_named(run, model, flags, tmp_path):
-    text = tmp_path / "text"
-    text.write_text("ab")
-    result = run("evaluate", model, "--text", text, *flags, "--adapter", "a")
-    assert result.status == 2
-    last = result.err.splitlines()[-1]
-    assert last.startswith("pallasite: adapter: got 'a', which is not loaded; loaded are: none;")

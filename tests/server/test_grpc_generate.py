@@ -1,4 +1,4 @@
-"""Generate, Prefill and Decode over a real socket and a fake engine: what goes in and comes out."""
+"""Generate, Score and Tokenize over a real socket and a fake engine: what goes in and comes out."""
 
 import asyncio
 
@@ -6,24 +6,14 @@ import grpc
 import pytest
 
 from pallasite.engine.errors import ErrorCode, RequestError
+from pallasite.engine.request import Request
 from pallasite.proto import inference_pb2 as pb
 from pallasite.server.client import SamplingParams, bad_fields
 from pallasite.server.grpc_convert import PLAIN_PARAMS
+from pallasite.server.text_stream import score_params, scores_of
 from tests.server.fake_engine import FakeEngine
 from tests.server.family_templates import FAMILIES
-from tests.server.serving import eventually, serving
-
-
-async def collect(stream):
-    """The events of a stream as (text, token ids, last finish) by index."""
-    texts, token_ids, finishes = {}, {}, {}
-    async for event in stream:
-        assert event.index not in finishes, "an event after the completion's finish"
-        texts[event.index] = texts.get(event.index, "") + event.text
-        token_ids.setdefault(event.index, []).extend(event.token_ids)
-        if event.HasField("finish"):
-            finishes[event.index] = event.finish
-    return texts, token_ids, finishes
+from tests.server.serving import collect, eventually, serving
 
 
 async def test_generate_completes_a_text(tmp_path):
@@ -272,85 +262,6 @@ async def test_a_long_message_fits_the_trailers(tmp_path):
     assert bad_fields(caught.value) == ["f" * 100]
 
 
-@pytest.mark.parametrize("stop", [[], ["cab"], ["b"], ["bc", "ca"]])
-async def test_prefill_and_decode_say_what_generate_says(tmp_path, stop):
-    sampling = SamplingParams(max_tokens=8, stop=stop)
-    async with serving(tmp_path) as s:
-        texts, token_ids, finishes = await collect(s.client.generate("abc", sampling))
-        first = await s.client.prefill("abc", sampling)
-        assert not first.event.HasField("finish")
-        rest_texts, rest_ids, rest_finishes = await collect(s.client.decode(first.handle))
-        assert s.engine.audit().leased == 0
-    assert {0: first.event.text + rest_texts[0]} == texts
-    assert {0: [*first.event.token_ids, *rest_ids[0]]} == token_ids
-    assert rest_finishes[0].reason == finishes[0].reason
-    assert rest_finishes[0].stop_text == finishes[0].stop_text
-    assert rest_finishes[0].usage == finishes[0].usage
-
-
-async def test_half_a_character_waits_from_prefill_to_decode(tmp_path):
-    async with serving(tmp_path) as s:
-        first = await s.client.prefill("é", SamplingParams(max_tokens=2))
-        texts, _, _ = await collect(s.client.decode(first.handle))
-    assert (first.event.text, texts) == ("", {0: "é"})
-
-
-@pytest.mark.parametrize("sampling", [{"max_tokens": 1}, {"stop": ["a"]}, {"stop_token_ids": [97]}])
-async def test_a_prefill_that_the_first_token_ends_leaves_no_lease(tmp_path, sampling):
-    async with serving(tmp_path) as s:
-        answer = await s.client.prefill("abc", SamplingParams(**sampling))
-        assert not answer.HasField("handle")
-        assert answer.event.HasField("finish")
-        assert answer.event.finish.usage.completion_tokens == 1
-        assert s.engine.audit().leased == 0
-        assert not s.engine.rows
-    assert answer.event.text == ("a" if "max_tokens" in sampling else "")
-
-
-async def test_a_handle_serves_once_and_its_own_tenant(tmp_path):
-    async def code_of(awaitable):
-        with pytest.raises(grpc.RpcError) as caught:
-            await awaitable
-        if caught.value.code() is status.FAILED_PRECONDITION:
-            assert bad_fields(caught.value) == ["handle_id"]
-        return caught.value.code()
-
-    status = grpc.StatusCode
-    async with serving(tmp_path) as s:
-        first = await s.client.prefill("abc", SamplingParams(max_tokens=4), lease_s=5.0)
-        assert first.handle.expires_in_s == 5
-        longer = await s.client.extend_lease(first.handle, 7.0)
-        assert longer.expires_in_s == 7
-        await collect(s.client.decode(first.handle))
-        assert await code_of(collect(s.client.decode(first.handle))) is status.FAILED_PRECONDITION
-        assert await code_of(s.client.release(first.handle)) is status.FAILED_PRECONDITION
-        forged = pb.KvHandle(handle_id="0" * 32, epoch=s.engine.epoch)
-        assert await code_of(collect(s.client.decode(forged))) is status.NOT_FOUND
-        stale = pb.KvHandle(handle_id=first.handle.handle_id, epoch="before")
-        assert await code_of(s.client.extend_lease(stale)) is status.FAILED_PRECONDITION
-        second = await s.client.prefill("abc", SamplingParams(max_tokens=4))
-        assert second.handle.expires_in_s == s.engine.config.max_lease_s
-        await s.client.release(second.handle)
-        assert s.engine.audit().leased == 0
-        third = await s.client.prefill("abc", SamplingParams(max_tokens=4), lease_s=0.01)
-        await eventually(lambda: not s.engine.leases)
-        assert await code_of(collect(s.client.decode(third.handle))) is status.FAILED_PRECONDITION
-
-
-async def test_a_prefill_whose_caller_goes_leaves_no_lease(tmp_path):
-    async with serving(tmp_path) as s:
-        s.engine.is_paused = True
-        call = asyncio.create_task(s.client.prefill("abc", SamplingParams(max_tokens=9)))
-        await eventually(lambda: s.engine.rows)
-        # Too late to abort: the engine does not see it, and grants the lease.
-        s.engine.abort = lambda request_id: False
-        call.cancel()
-        await eventually(lambda: s.server._door.num_calls == 0)
-        s.engine.is_paused = False
-        await eventually(lambda: s.engine.ended_handles)
-        assert not s.engine.leases
-
-
 async def test_score_gives_each_token_and_each_position(tmp_path):
     async with serving(tmp_path) as s:
         scores = await s.client.score([10, 20, 30], top=2)
@@ -363,6 +274,31 @@ async def test_score_gives_each_token_and_each_position(tmp_path):
     assert scores.usage.prompt_tokens == 3
     assert (params.max_tokens, params.temperature, params.ignore_eos) == (1, 0.0, True)
     assert (list(none.logprobs), [list(top.token_ids) for top in none.top]) == ([], [[]])
+
+
+async def test_scores_whose_reader_goes_or_that_are_aborted_are_none(tmp_path):
+    """However they are asked for: the command line reads an engine of its own by the same."""
+    engine = FakeEngine(is_paused=True)
+
+    def start():
+        request = Request(prompt_ids=(10, 20, 30), params=score_params(1))
+        stream = engine.submit(request)
+        return stream, asyncio.create_task(scores_of(engine, stream, request.prompt_ids))
+
+    try:
+        stream, reader = start()
+        await asyncio.sleep(0)
+        reader.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await reader
+        assert engine.aborted == [stream.request_id]
+        stream, reader = start()
+        engine.abort(stream.request_id)
+        engine.is_paused = False
+        with pytest.raises(RequestError, match="aborted before its scores were known; send it"):
+            await reader
+    finally:
+        engine.close()
 
 
 async def test_tokenize_and_detokenize(tmp_path):

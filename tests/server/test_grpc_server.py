@@ -2,6 +2,7 @@
 
 import asyncio
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -9,13 +10,16 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from pallasite.engine.config import EngineConfig
 from pallasite.engine.errors import ConfigError
+from pallasite.models.forms import EVERY_LAYER
 from pallasite.proto import admin_pb2, control_pb2
 from pallasite.server.auth import ApiKeys, load_keys
 from pallasite.server.client import AsyncClient, RetryPolicy, SamplingParams, Tls
 from pallasite.server.config import ServerConfig, TlsFiles
 from tests.server.fake_engine import NUM_PAGES, FakeEngine
 from tests.server.serving import eventually, serving
+from tests.tiny_checkpoints import TINY
 
 SERVICES = ["", "pallasite.v1.Inference", "pallasite.v1.Control", "grpc.health.v1.Health"]
 KEYS = {"alice": "a" * 20, "bob": "b" * 20}
@@ -171,6 +175,27 @@ async def test_control_tells_what_the_server_is(tmp_path):
     assert (model.max_context_len, list(model.eos_token_ids)) == (512, [258])
     assert model.has_chat_template
     assert (load.num_running, load.num_pages, load.num_program_misses) == (0, NUM_PAGES, 3)
+
+
+async def test_control_tells_in_what_form_weights_and_the_cache_are(tmp_path):
+    rules = (("mlp", "int4:16"), ("embed", "int8"))
+    engine = FakeEngine(config=EngineConfig(quantize=rules, cache="int8"))
+    async with serving(tmp_path, engine) as s:
+        info = await s.client.model_info()
+    expected = {
+        "model.embed_tokens": "int8",
+        "lm_head": "bf16",
+        **{f"model.layers.*.self_attn.{x}_proj": "bf16" for x in "qkvo"},
+        **{f"model.layers.*.mlp.{x}_proj": "int4:16" for x in ("gate", "up", "down")},
+    }
+    assert (info.weights, dict(info.weight_forms), info.cache) == ("bf16", expected, "int8")
+    engine = FakeEngine()
+    engine.model_config = replace(TINY, stored_forms=((EVERY_LAYER, "w8a8"),))
+    async with serving(tmp_path, engine) as s:
+        info = await s.client.model_info()
+    forms = dict(info.weight_forms)
+    assert {form for name, form in forms.items() if "layers" in name} == {"w8a8"}
+    assert (forms["lm_head"], info.cache) == ("bf16", "bf16")
 
 
 async def test_a_busy_port_and_a_bad_one_are_the_operators_errors(tmp_path):

@@ -123,6 +123,25 @@ def test_a_hugging_face_folder_is_read_whole(tmp_path):
     assert not changed.adds_bos
 
 
+def test_tokens_that_the_settings_leave_out_are_those_of_the_special_tokens_map(tmp_path):
+    folder = _save(tmp_path, _llama_encoder("legacy"), eos_token="<mask>", pad_token=None)
+    named = {"bos_token": {"content": "<s>", "special": True}, "eos_token": "</s>"}
+    (folder / "special_tokens_map.json").write_text(json.dumps({**named, "add_eos_token": True}))
+    tokenizer = load_tokenizer(folder)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (1, 272)
+    assert tokenizer.encode("a", adds_special_tokens=True)[-1] != 272
+    (folder / "tokenizer_config.json").write_text('{"eos_token": null}')
+    assert load_tokenizer(folder).eos_token_ids == ()
+    (folder / "tokenizer_config.json").unlink()
+    assert load_tokenizer(folder).eos_token_ids == (2,)
+    (folder / "special_tokens_map.json").write_text('{"eos_token": "<x>"}')
+    with pytest.raises(ConfigError, match=r"got eos_token='<x>' in .*special_tokens_map.json"):
+        load_tokenizer(folder)
+    (folder / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"a damaged special_tokens_map.json"):
+        load_tokenizer(folder)
+
+
 def test_both_sources_of_one_vocabulary_agree(tmp_path):
     encoder = build_from_gguf(byte_level_metadata()).encoder
     encoder.decoder = decoders.ByteLevel()
