@@ -194,15 +194,14 @@ class Engine:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Loads a LoRA adapter in the PEFT format between two steps; nothing is compiled.
 
-        Raises ConfigError where it does not fit the model, RequestError where the name is taken or
-        there is no room.
+        Raises ConfigError where it does not fit the model, RequestError where the name is taken,
+        there is no room, or the device fails.
         """
-        self._adapters.check_name(name)
+        self._ask(lambda: self._slot_for(name))  # before its files are read
         one = self._runtime.read_adapter(folder)
 
         def load() -> None:
-            self._adapters.check_name(name)
-            slot = self._adapters.free_slot({s.adapter_slot for s in self._owners()})
+            slot = self._slot_for(name)
             self._runtime.set_adapter(one, slot)
             self._adapters.add(name, slot)
 
@@ -273,6 +272,8 @@ class Engine:
 
     def _run_once(self) -> None:
         self._intake.run_commands()
+        if not self._runtime.has_adapters:
+            raise RuntimeError("the adapters are lost: one could not be put beside them")
         now = time.monotonic()
         for sequence in self._scheduler.expired(now):
             self._committer.fail(sequence, late_error())
@@ -330,14 +331,21 @@ class Engine:
             self._committer.end(sequence, finish)
 
     def _recover(self, error: Exception) -> None:
-        """After a failed step: what ran ends with UNAVAILABLE, the cache is made anew."""
+        """After a failed step: what ran ends with UNAVAILABLE, the cache is made anew.
+
+        So does what waits for an adapter, where a load that failed has lost them.
+        """
         self._previous = None
+        is_bare = not self._runtime.has_adapters
+        if is_bare:
+            self._adapters.clear()
         # The leases first, so that no decode of one can be asked for after those that are taken in
         # here, which compute their prompts again.
         revoked = self._leases.revoke_all("was lost with a failed step")
         self._intake.run_commands()
         for sequence in list(self._scheduler.sequences()):
-            if sequence.state is State.RUNNING or sequence.num_in_flight:
+            is_lost = is_bare and sequence.adapter_slot >= 0
+            if sequence.state is State.RUNNING or sequence.num_in_flight or is_lost:
                 self._committer.fail(sequence, step_error(error))
         self._scheduler.forget_pages()
         for sequence in revoked:
@@ -351,6 +359,9 @@ class Engine:
     def _owners(self) -> list[Sequence]:
         """Every sequence that is open or whose pages are leased."""
         return self._intake.own(lambda: [*self._scheduler.sequences(), *self._leases.sequences()])
+
+    def _slot_for(self, name: str) -> int:
+        return self._adapters.slot_for(name, {s.adapter_slot for s in self._owners()})
 
     def _ask(self, command: Callable[[], _T]) -> _T:
         """Returns what the loop answers between two steps, or what a loop that has ended left."""
