@@ -15,10 +15,9 @@ import numpy as np
 from benchmarks import report
 from benchmarks.options import Workload, benchmark_parser, engine_config, run, say
 from benchmarks.steps import StepDriver
-from pallasite.engine.runtime import Runtime, load_runtime
-from pallasite.models.adapters import HostLowRank, place_one
+from pallasite.engine.runtime import HostAdapter, Runtime, load_runtime
+from pallasite.models.adapters import HostLowRank
 from pallasite.models.errors import ConfigError
-from pallasite.models.lora import Adapters
 from pallasite.server.flags import TEXT, WHOLE
 
 GOAL = 1.15
@@ -70,7 +69,7 @@ def main() -> None:
         report.write_json(args.output, result)
 
 
-def _random(runtime: Runtime, targets: Sequence[str], rng: np.random.Generator) -> Adapters:
+def _random(runtime: Runtime, targets: Sequence[str], rng: np.random.Generator) -> HostAdapter:
     """Returns an adapter of random numbers, which changes the matrices that `targets` name."""
     known = runtime.adapter_shapes()
     if not any(target in key for key in known for target in targets):
@@ -80,10 +79,9 @@ def _random(runtime: Runtime, targets: Sequence[str], rng: np.random.Generator) 
         )
     adapter = {}
     for key, like in known.items():
-        is_changed = any(target in key for target in targets)
-        a, b = (0.02 * rng.standard_normal(part.shape) for part in (like.a, like.b))
-        host = HostLowRank(a.astype(np.float32), b.astype(np.float32)) if is_changed else None
-        adapter[key] = place_one(host, like)
+        if any(target in key for target in targets):
+            a, b = (0.02 * rng.standard_normal(part.shape) for part in (like.a, like.b))
+            adapter[key] = HostLowRank(a.astype(np.float32), b.astype(np.float32))
     return adapter
 
 

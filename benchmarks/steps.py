@@ -139,24 +139,29 @@ class StepDriver:
 def time_buckets(
     runtime: Runtime, config: EngineConfig, prompt_len: int, num_steps: int
 ) -> dict[Bucket, list[StepTime]]:
-    """Times at least `num_steps` steps of every bucket, all its rows or tokens in use.
+    """Times at least `num_steps` steps of every bucket, all rows or tokens of all shards in use.
 
     Decode steps have `prompt_len` tokens and those decoded before them in the cache. The first
     step of each bucket is left out.
     """
     driver = StepDriver(runtime, config)
     steps: dict[Bucket, list[StepTime]] = {}
+    # A bucket's sizes are one shard's; equal requests are dealt out evenly.
+    num_shards = runtime.num_shards
     for bucket in runtime.programs.buckets:
+        num_requests = num_shards * (1 if bucket.has_prefill else bucket.num_rows)
         if bucket.has_prefill:
-            runs = [_requests(runtime, 1, bucket.num_tokens, 1) for _ in range(num_steps + 1)]
+            one = _requests(runtime, num_requests, bucket.num_tokens, 1)
+            runs = [one] * (num_steps + 1)
         else:
             # The first requests decode while the last ones' prompts are still computed.
-            budget = config.max_batch_tokens - bucket.num_rows
+            budget = config.max_batch_tokens // num_shards - bucket.num_rows
             num_prefills = -(-bucket.num_rows * prompt_len // budget)
-            runs = [_requests(runtime, bucket.num_rows, prompt_len, num_prefills + num_steps + 3)]
+            runs = [_requests(runtime, num_requests, prompt_len, num_prefills + num_steps + 3)]
         times = [step for requests in runs for step in driver.run(requests)]
-        full = [step for step in times if step.bucket == bucket]
-        steps[bucket] = [step for step in full if step.num_tokens == bucket.num_tokens][1:]
+        full = num_shards * bucket.num_tokens
+        own = [step for step in times if step.bucket == bucket and step.num_tokens == full]
+        steps[bucket] = own[1:]
         assert len(steps[bucket]) >= num_steps, f"{len(steps[bucket])} steps of {bucket}"
     return steps
 

@@ -25,27 +25,18 @@ class AdapterTable:
         """
         return -1 if name == "" else self._loaded_slot(name)
 
-    def check_name(self, name: str) -> None:
-        """Raises RequestError where no adapter may be loaded under a name."""
-        if not 0 < len(name) <= MAX_NAME_LEN or not name.isprintable():
-            raise RequestError(
-                f"adapter: got a name of {len(name)} characters; allowed are 1 to {MAX_NAME_LEN}"
-                " printable ones; choose another",
-                field="adapter",
-            )
-        if name in self._slots:
-            raise RequestError(
-                f"adapter: got {name!r}, which is loaded; each name stands for one; unload it"
-                " first, or choose another",
-                code=ErrorCode.FAILED_PRECONDITION,
-                field="adapter",
-            )
+    def slot_for(self, name: str, in_use: Collection[int]) -> int:
+        """Returns a slot for an adapter of that name, which no open request uses.
 
-    def free_slot(self, in_use: Collection[int]) -> int:
-        """Returns a slot that has no adapter and that no open request uses.
-
-        Raises RequestError RESOURCE_EXHAUSTED where there is none.
+        Raises RequestError where it may not have that name, or there is no room.
         """
+        self._check_name(name)
+        if self._num_slots == 0:
+            raise RequestError(
+                "got an adapter for a server without room for any; each takes one of its"
+                " --max-adapters; start it with --max-adapters N",
+                code=ErrorCode.FAILED_PRECONDITION,
+            )
         taken = {*self._slots.values(), *in_use}
         free = next((slot for slot in range(self._num_slots) if slot not in taken), None)
         if free is None:
@@ -68,6 +59,25 @@ class AdapterTable:
         """
         self._loaded_slot(name)
         del self._slots[name]
+
+    def clear(self) -> None:
+        """Forgets all adapters, since the device has lost them."""
+        self._slots.clear()
+
+    def _check_name(self, name: str) -> None:
+        if not 0 < len(name) <= MAX_NAME_LEN or not name.isprintable():
+            raise RequestError(
+                f"adapter: got a name of {len(name)} characters; allowed are 1 to {MAX_NAME_LEN}"
+                " printable ones; choose another",
+                field="adapter",
+            )
+        if name in self._slots:
+            raise RequestError(
+                f"adapter: got {name!r}, which is loaded; each name stands for one; unload it"
+                " first, or choose another",
+                code=ErrorCode.FAILED_PRECONDITION,
+                field="adapter",
+            )
 
     def _loaded_slot(self, name: str) -> int:
         slot = self._slots.get(name)

@@ -91,7 +91,8 @@ def main() -> None:
             jax.config.update(name, value)
     # XLA cannot write out a CPU program that it has read from JAX's cache.
     jax.config.update("jax_enable_compilation_cache", False)
-    deployment = plan_deployment(_made(job["model"]), _made(job["config"]))
+    # By those settings alone: it may have cut its CPU for the mesh of an earlier engine.
+    deployment = plan_deployment(_made(job["model"]), _made(job["config"]), jax.devices())
     deployment = deployment.with_pages(job["num_pages"])
     path = Path(job["path"])
     file = ProgramFile(path.parent, deployment)

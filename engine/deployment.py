@@ -95,10 +95,11 @@ class Deployment:
         """
         spec, mesh, shape = self.cache_spec, self.mesh, self.config.mesh
         shares = shape.num_devices if spec.target.platform == "cpu" else 1
-        page = spec.page_bytes // shape.model
+        page, room = spec.page_bytes // shape.model, self.adapter_spec()
         return MemoryPlan(
             weights=_bytes_a_device(self.model),
-            adapters=_bytes_a_device(self.adapter_spec().abstract(mesh)),
+            adapters=_bytes_a_device(room.abstract(mesh)),
+            loading=_bytes_a_device(room.abstract_one(mesh)),
             cache=spec.num_pages // shape.data * page,
             page=page,
             sampler=_bytes_a_device(self.program_spec().state),

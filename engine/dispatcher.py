@@ -29,7 +29,6 @@ class Dispatcher:
             Scheduler(pool, page_size, num_slots // num_shards, max_batch_tokens // num_shards)
             for pool in self.pools
         ]
-        self._page_size = page_size
         self._deadlines: list[tuple[float, int, int, Sequence]] = []
 
     @property
@@ -154,14 +153,14 @@ class Dispatcher:
     def _open_to(self, sequence: Sequence) -> list[int]:
         """Returns the shards that may serve a sequence that holds no pages.
 
-        One to be leased goes where leases then hold half of the pages at most, or to the fewest of
-        them. Of all pages they hold no more than half, so some are left on every shard for others.
+        One to be leased goes where leases then hold half of the pages at most, or where they hold
+        the fewest: a prompt of more than half a shard alone leaves less than that for others.
         """
         shards = list(range(len(self._shards)))
         if sequence.lease_s is None:
             return shards
-        leased = [shard.num_leased_tokens for shard in self._shards]
-        most = self.pools[0].num_pages * self._page_size // 2 - sequence.num_prompt
+        leased = [shard.num_leased_pages for shard in self._shards]
+        most = self.pools[0].num_pages // 2 - self._shards[0].prompt_pages(sequence)
         within = [i for i in shards if leased[i] <= most or i == sequence.shard]
         return within or [min(shards, key=leased.__getitem__)]
 

@@ -9,23 +9,17 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import jax
-import numpy as np
-
 from pallasite.engine.adapters import AdapterTable
 from pallasite.engine.audit import PageAudit, audit
-from pallasite.engine.batch_builder import BatchBuilder
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.errors import (
     RequestError,
     closed_error,
-    internal_error,
     late_error,
     step_error,
 )
@@ -33,12 +27,10 @@ from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
 from pallasite.engine.offline import collect
-from pallasite.engine.plan import Plan, without_ended
-from pallasite.engine.programs import EDIT_TOKENS
 from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
-from pallasite.engine.sampler_state import slot_edits
 from pallasite.engine.sequence import Group, Sequence, State
+from pallasite.engine.stepper import Launched, Stepper
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, check_request_id, validate
 
@@ -51,15 +43,6 @@ MAX_FAILURES = 3
 
 IDLE_S = 0.25
 """How often an idle loop looks at deadlines and shows that it is alive."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Launched:
-    """A step on the device, and the plan it runs."""
-
-    plan: Plan
-    results: jax.Array
-    scores: jax.Array | None
 
 
 class Engine:
@@ -80,9 +63,9 @@ class Engine:
         self._scheduler = Dispatcher(
             num_shards, num_pages, runtime.page_size, config.max_requests, config.max_batch_tokens
         )
-        self._builder = BatchBuilder(runtime.layouts, num_shards, config.max_requests // num_shards)
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
+        self._stepper = Stepper(runtime, config, self._committer, self.metrics)
         self._leases = LeaseTable(config.max_leases, config.max_lease_s)
         self._adapters = AdapterTable(config.max_adapters)
         self.epoch = self._leases.epoch
@@ -93,7 +76,7 @@ class Engine:
             limits=config.limits,
         )
         self._intake = Intake(config.max_waiting, self._take_in)
-        self._previous: _Launched | None = None
+        self._previous: Launched | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
         self._thread.start()
         # The interpreter must not end while the loop is inside XLA: that aborts the process.
@@ -211,15 +194,14 @@ class Engine:
     def load_adapter(self, name: str, folder: Path) -> None:
         """Loads a LoRA adapter in the PEFT format between two steps; nothing is compiled.
 
-        Raises ConfigError where it does not fit the model, RequestError where the name is taken or
-        there is no room.
+        Raises ConfigError where it does not fit the model, RequestError where the name is taken,
+        there is no room, or the device fails.
         """
-        self._adapters.check_name(name)
+        self._ask(lambda: self._slot_for(name))  # before its files are read
         one = self._runtime.read_adapter(folder)
 
         def load() -> None:
-            self._adapters.check_name(name)
-            slot = self._adapters.free_slot({s.adapter_slot for s in self._owners()})
+            slot = self._slot_for(name)
             self._runtime.set_adapter(one, slot)
             self._adapters.add(name, slot)
 
@@ -290,18 +272,21 @@ class Engine:
 
     def _run_once(self) -> None:
         self._intake.run_commands()
+        if not self._runtime.has_adapters:
+            raise RuntimeError("the adapters are lost: one could not be put beside them")
         now = time.monotonic()
         for sequence in self._scheduler.expired(now):
             self._committer.fail(sequence, late_error())
         self._collect_leases(now)
         plan = self._scheduler.schedule(now)
-        plan = None if plan is None else self._prepare(plan)
-        previous, self._previous = self._previous, None if plan is None else self._launch(plan)
+        launched = None if plan is None else self._stepper.launch(plan)
+        previous, self._previous = self._previous, launched
         if previous is not None:
-            self._commit(previous)
+            self._stepper.commit(previous, self._leases.grant)
         self._deliver()
+        self.metrics.num_preemptions = self._scheduler.num_preemptions
         self.metrics.last_step_monotonic_s = time.monotonic()
-        if plan is None and previous is None:
+        if launched is None and previous is None:
             self._intake.wait(IDLE_S)
 
     def _take_in(self, sequence: Sequence) -> None:
@@ -316,43 +301,6 @@ class Engine:
             sequence.adapter_slot = self._adapters.slot_of(sequence.request.adapter)
         except RequestError as error:  # unloaded since it was admitted
             self._committer.fail(sequence, error)
-
-    def _prepare(self, plan: Plan) -> Plan | None:
-        """Fills the slots that were just given; returns the plan of those that could be filled."""
-        for sequence in plan.admitted:
-            try:
-                self._admit(sequence)
-            except Exception as error:  # one request's fault must not end the others
-                logger.exception("a request could not be prepared; it alone ends")
-                self._committer.fail(sequence, internal_error(error))
-        return without_ended(plan)
-
-    def _launch(self, plan: Plan) -> _Launched:
-        bucket = self._runtime.bucket_for(plan)
-        words = self._builder.build(plan, bucket, self.model_config.eos_token_ids)
-        results, scores = self._runtime.run(bucket, words)
-        results.copy_to_host_async()
-        metrics = self.metrics
-        metrics.num_steps += 1
-        metrics.padded_tokens += len(plan.parts) * bucket.num_tokens - plan.num_tokens
-        metrics.num_preemptions = self._scheduler.num_preemptions
-        has_scores = any(row.sequence.needs_scores for row in plan.rows)
-        return _Launched(plan=plan, results=results, scores=scores if has_scores else None)
-
-    def _admit(self, sequence: Sequence) -> None:
-        self._builder.admit(sequence)
-        prompt_ids = sequence.request.prompt_ids
-        output_ids = sequence.token_ids[len(prompt_ids) :]
-        params = sequence.request.params
-        for edit in slot_edits(params, prompt_ids, output_ids, sequence.slot, EDIT_TOKENS):
-            self._runtime.edit(edit, sequence.shard)
-
-    def _commit(self, launched: _Launched) -> None:
-        # The one read of a step. Scores, which few steps have, are read beside it.
-        results = np.asarray(launched.results)
-        scores = None if launched.scores is None else np.asarray(launched.scores)
-        num_tokens = self._committer.commit(launched.plan, results, scores, self._leases.grant)
-        self.metrics.generation_tokens += num_tokens
 
     def _deliver(self) -> None:
         touched = self._committer.take_touched()
@@ -383,14 +331,21 @@ class Engine:
             self._committer.end(sequence, finish)
 
     def _recover(self, error: Exception) -> None:
-        """After a failed step: what ran ends with UNAVAILABLE, the cache is made anew."""
+        """After a failed step: what ran ends with UNAVAILABLE, the cache is made anew.
+
+        So does what waits for an adapter, where a load that failed has lost them.
+        """
         self._previous = None
+        is_bare = not self._runtime.has_adapters
+        if is_bare:
+            self._adapters.clear()
         # The leases first, so that no decode of one can be asked for after those that are taken in
         # here, which compute their prompts again.
         revoked = self._leases.revoke_all("was lost with a failed step")
         self._intake.run_commands()
         for sequence in list(self._scheduler.sequences()):
-            if sequence.state is State.RUNNING or sequence.num_in_flight:
+            is_lost = is_bare and sequence.adapter_slot >= 0
+            if sequence.state is State.RUNNING or sequence.num_in_flight or is_lost:
                 self._committer.fail(sequence, step_error(error))
         self._scheduler.forget_pages()
         for sequence in revoked:
@@ -404,6 +359,9 @@ class Engine:
     def _owners(self) -> list[Sequence]:
         """Every sequence that is open or whose pages are leased."""
         return self._intake.own(lambda: [*self._scheduler.sequences(), *self._leases.sequences()])
+
+    def _slot_for(self, name: str) -> int:
+        return self._adapters.slot_for(name, {s.adapter_slot for s in self._owners()})
 
     def _ask(self, command: Callable[[], _T]) -> _T:
         """Returns what the loop answers between two steps, or what a loop that has ended left."""

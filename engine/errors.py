@@ -68,6 +68,25 @@ def internal_error(error: Exception) -> RequestError:
     )
 
 
+def adapter_memory_error() -> RequestError:
+    """Refuses an adapter that the devices had no memory for; nothing else was touched."""
+    return RequestError(
+        "got an adapter that the devices have no memory for; it must fit beside all else that they"
+        " hold; try again, or start the server with a lower --cache-tokens or --max-adapters",
+        code=ErrorCode.RESOURCE_EXHAUSTED,
+    )
+
+
+def lost_adapters_error() -> RequestError:
+    """Answers who asked for an adapter that could not be put beside the others: all are lost."""
+    return RequestError(
+        "loading an adapter failed on the device, and all loaded adapters were lost with it; the"
+        " engine goes on without any; load them again",
+        code=ErrorCode.UNAVAILABLE,
+        retry_after_s=1.0,
+    )
+
+
 def step_error(error: Exception) -> RequestError:
     """Ends a request that was on the device when a step failed."""
     return RequestError(

@@ -21,6 +21,7 @@ class MemoryPlan:
     """Bytes that the fullest device holds, by use.
 
     Attributes:
+        loading: one more adapter's, while it is put beside the others.
         page: a page's, of the cache.
         temporaries: the largest program's, its results and its code included.
         limit: what the device has for us; None where it does not say.
@@ -28,6 +29,7 @@ class MemoryPlan:
 
     weights: int
     adapters: int
+    loading: int
     cache: int
     page: int
     sampler: int
@@ -36,16 +38,19 @@ class MemoryPlan:
 
     @property
     def total(self) -> int:
-        return self.weights + self.adapters + self.cache + self.sampler + self.temporaries
+        held = self.weights + self.adapters + self.cache + self.sampler
+        return held + self.loading + self.temporaries
 
     def check(self) -> None:
         """Raises ConfigError, with the numbers, where this does not fit."""
         if self.limit is not None and self.total > self.limit:
+            adapters = self.adapters + self.loading
             raise ConfigError(
                 f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
-                f" {_gb(self.adapters)}, cache {_gb(self.cache)}, sampler {_gb(self.sampler)},"
+                f" {_gb(adapters)}, cache {_gb(self.cache)}, sampler {_gb(self.sampler)},"
                 f" temporaries {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
-                " --cache-tokens, --max-requests or --max-batch-tokens, or take a smaller model"
+                " --cache-tokens, --max-requests, --max-batch-tokens or --max-adapters, or take a"
+                " smaller model"
             )
 
 

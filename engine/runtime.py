@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import logging
 import sys
 import time
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import numpy as np
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
+from pallasite.engine.errors import adapter_memory_error, lost_adapters_error
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan
 from pallasite.engine.planner import memory_limit, pages_that_fit
@@ -22,7 +24,7 @@ from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
 from pallasite.models.adapter_peft import PeftAdapter
-from pallasite.models.adapters import place_one
+from pallasite.models.adapters import HostLowRank, place_one
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.decoder import Decoder
@@ -34,10 +36,15 @@ from pallasite.models.sharding import DATA_AXIS
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
 Progress = Callable[[str], None]
+HostAdapter = dict[str, HostLowRank]
+"""One adapter's part for each matrix that it changes, by `adapter_key`."""
+
+logger = logging.getLogger(__name__)
 
 
 class Runtime:
-    """What the engine's loop drives. Its methods are called from that loop alone.
+    """What the engine's loop drives. Its methods are called from that loop alone, unless they say
+    otherwise.
 
     Attributes:
         max_context_len: tokens of one sequence at most.
@@ -52,7 +59,7 @@ class Runtime:
         self.layouts = spec.layouts
         self._spec = spec
         self._weights: list[jax.Array] = jax.tree.leaves(spec.model)
-        self._adapters: Adapters = spec.adapters.allocate(spec.mesh)
+        self._adapters: Adapters | None = None
         self._cache: PagedCache | None = None
         self._state: SamplerState | None = None
         self.reset()
@@ -71,11 +78,18 @@ class Runtime:
     def page_size(self) -> int:
         return self.cache_spec.target.page_size
 
+    @property
+    def has_adapters(self) -> bool:
+        """Whether the adapters' arrays are there; a load that failed has lost them."""
+        return self._adapters is not None
+
     def reset(self) -> None:
-        """Makes the cache and the sampler state anew, empty."""
+        """Makes the cache and the sampler state anew, empty, and adapters where they are lost."""
         self._cache = self._state = None  # the old ones go first: both would not fit
         self._cache = self.cache_spec.allocate(self._spec.mesh)
         self._state = _allocate_state(self._spec.state)
+        if self._adapters is None:
+            self._adapters = self._spec.adapters.allocate(self._spec.mesh)
 
     def bucket_for(self, plan: Plan) -> Bucket:
         """Returns the smallest bucket that takes every part of a plan.
@@ -100,23 +114,50 @@ class Runtime:
         """Returns the shapes, dtypes and placements of one adapter's arrays."""
         return self._spec.adapters.abstract_one(self._spec.mesh)
 
-    def read_adapter(self, folder: Path) -> Adapters:
-        """Reads a PEFT adapter's folder and puts it beside the model; from any thread.
+    def read_adapter(self, folder: Path) -> HostAdapter:
+        """Reads a PEFT adapter's folder into host arrays; from any thread.
 
         Raises CheckpointError for one that does not fit the model or the room.
         """
-        read = PeftAdapter(folder, self._spec.adapters).read()
-        return {key: place_one(read.get(key), like) for key, like in self.adapter_shapes().items()}
+        return PeftAdapter(folder, self._spec.adapters).read()
 
-    def set_adapter(self, one: Adapters, slot: int) -> None:
-        """Puts an adapter that was read into a slot; steps launched before do not see it."""
-        self._adapters = self.programs.set_adapter(self._adapters, one, slot)
+    def set_adapter(self, one: HostAdapter, slot: int) -> None:
+        """Puts an adapter that was read into a slot; steps launched before do not see it.
+
+        Raises RequestError: RESOURCE_EXHAUSTED where the devices have no memory for it, UNAVAILABLE
+        where all adapters are lost; then `reset` makes them anew.
+        """
+        # Waits, so that one adapter at a time is on its way, as the memory plan has it, and that
+        # what fails does so here and not in the steps after it.
+        placed = self._place(one)
+        adapters, self._adapters = self._adapters, None
+        if adapters is None:  # lost a moment ago
+            raise lost_adapters_error()
+        try:
+            changed = self.programs.set_adapter(adapters, placed, slot)
+            self._adapters = jax.block_until_ready(changed)
+        except Exception as error:  # whatever it is, the arrays were given away
+            logger.exception("an adapter could not be put beside the others; all are lost")
+            for array in jax.tree.leaves((adapters, placed)):
+                array.delete()  # tracebacks may hold them while `reset` makes others
+            raise lost_adapters_error() from error
+
+    def _place(self, one: HostAdapter) -> Adapters:
+        try:
+            shapes = self.adapter_shapes().items()
+            placed = {key: place_one(one.get(key), like) for key, like in shapes}
+            return jax.block_until_ready(placed)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise adapter_memory_error() from error
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Launches a step on the words `[d, W]` of d data shards.
 
         Returns its results `[d, B, R]` and its prompt scores `[d, T, R]`, still on the devices.
         """
+        assert self._adapters is not None
         assert self._cache is not None
         assert self._state is not None
         step = self.programs.step(bucket)

@@ -53,7 +53,7 @@ class Scheduler:
 
     Attributes:
         num_tokens: tokens that its pages hold, or will, for all that run, wait or are held.
-        num_leased_tokens: those of them in prompts that are leased, or will be.
+        num_leased_pages: pages of prompts that are leased, or will be.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Scheduler:
         self.pool = pool
         self.num_preemptions = 0
         self.num_tokens = 0
-        self.num_leased_tokens = 0
+        self.num_leased_pages = 0
         self._page_size = page_size
         self._max_batch_tokens = max_batch_tokens
         self._free_slots = list(range(num_slots - 1, -1, -1))
@@ -77,6 +77,10 @@ class Scheduler:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    def prompt_pages(self, sequence: Sequence) -> int:
+        """Returns the pages that a sequence's prompt fills: what it holds while it is leased."""
+        return -(-sequence.num_prompt // self._page_size)
+
     def sequences(self) -> Iterator[Sequence]:
         """Yields every sequence that runs or waits."""
         yield from self._running
@@ -90,7 +94,7 @@ class Scheduler:
     def add(self, sequence: Sequence) -> None:
         """Queues a sequence; one that was held keeps its pages."""
         if sequence.state is State.HELD:
-            self.num_leased_tokens -= sequence.num_prompt
+            self.num_leased_pages -= self.prompt_pages(sequence)
         else:
             self._count(sequence, 1)
         self._enqueue(sequence)
@@ -110,7 +114,7 @@ class Scheduler:
     def _count(self, sequence: Sequence, sign: int) -> None:
         self.num_tokens += sign * sequence.num_tokens
         if sequence.lease_s is not None:
-            self.num_leased_tokens += sign * sequence.num_prompt
+            self.num_leased_pages += sign * self.prompt_pages(sequence)
 
     def hold(self, sequence: Sequence) -> None:
         """Parks a sequence: its slot comes back, its pages stay."""

@@ -112,7 +112,9 @@ class AdminServicer:
 
     def LoadAdapter(self, request, context):
         """Loads a LoRA adapter from a folder in the PEFT format; nothing is compiled. INVALID_ARGUMENT for
-        one that does not fit the model, RESOURCE_EXHAUSTED where there is no room.
+        one that does not fit the model, FAILED_PRECONDITION for a name that is taken and where the
+        server has no room for any, RESOURCE_EXHAUSTED where all room is in use or memory is short,
+        UNAVAILABLE where the device failed and all loaded adapters are lost.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -190,7 +190,7 @@ def recorded_plans(engine: Engine, monkeypatch) -> Iterator[list[Plan]]:
         yield plans
 
 
-class Stepper:
+class LoopGate:
     """Lets an engine's loop go round only when told."""
 
     def __init__(self) -> None:
@@ -223,13 +223,13 @@ class Stepper:
 
 
 @contextmanager
-def stepped(engine: Engine, monkeypatch) -> Iterator[Stepper]:
-    """Within the block the engine's loop waits for each `Stepper.step`."""
-    stepper = Stepper()
+def stepped(engine: Engine, monkeypatch) -> Iterator[LoopGate]:
+    """Within the block the engine's loop waits for each `LoopGate.step`."""
+    gate = LoopGate()
     with monkeypatch.context() as patch:
-        patch.setattr(engine._scheduler, "schedule", stepper.wrap(engine._scheduler.schedule))
+        patch.setattr(engine._scheduler, "schedule", gate.wrap(engine._scheduler.schedule))
         try:
-            stepper.arrive()
-            yield stepper
+            gate.arrive()
+            yield gate
         finally:
-            stepper.open()
+            gate.open()

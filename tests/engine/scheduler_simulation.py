@@ -339,7 +339,8 @@ class Simulation:
             leases = [s for s in here if s.lease_s is not None]
             num_prompts = sum(len(s.request.prompt_ids) for s in here)
             assert scheduler.num_tokens == num_prompts + sum(s.num_sampled for s in here)
-            assert scheduler.num_leased_tokens == sum(len(s.request.prompt_ids) for s in leases)
+            num_leased = sum(-(-len(s.request.prompt_ids) // PAGE) for s in leases)
+            assert scheduler.num_leased_pages == num_leased
         for sequence in self.running():
             assert len(sequence.pages) * PAGE < sequence.num_tokens + PAGE, "pages kept for nothing"
 
@@ -354,8 +355,8 @@ class Simulation:
                 waiting = (s for s in group.sequences if s.state is State.WAITING)
                 if (first := next(waiting, None)) is None:
                     continue
-                leased = scheduler.num_leased_tokens + first.num_prompt
-                may_go = first.lease_s is None or leased <= pool.num_pages * PAGE // 2
+                leased = scheduler.num_leased_pages + -(-first.num_prompt // PAGE)
+                may_go = first.lease_s is None or leased <= pool.num_pages // 2
                 assert not may_go or -(-first.num_tokens // PAGE) > pool.num_free
 
     def _idle_shards(self) -> set[int]:

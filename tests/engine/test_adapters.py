@@ -51,11 +51,19 @@ def expected(engines, prompts, tmp_path_factory):
     return answers
 
 
-def ask(prompt, adapter="", **params):
-    return replace(greedy(prompt, max_tokens=16, ignore_eos=True, **params), adapter=adapter)
+def ask(prompt, adapter=""):
+    return replace(greedy(prompt, max_tokens=16, ignore_eos=True), adapter=adapter)
 
 
-@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(model=4)], ids=str)
+def long(prompt, adapter=""):
+    return replace(greedy(prompt, max_tokens=200, ignore_eos=True), adapter=adapter)
+
+
+@pytest.mark.parametrize(
+    "mesh",
+    [MeshShape(), MeshShape(model=4), MeshShape(data=2), MeshShape(data=2, model=2)],
+    ids=str,
+)
 def test_many_adapters_in_one_batch_give_the_merged_models_tokens(
     engines, folders, prompts, expected, mesh
 ):
@@ -74,7 +82,7 @@ def test_many_adapters_in_one_batch_give_the_merged_models_tokens(
         assert engine.metrics.misses == 0
 
 
-def test_adapters_come_and_go_while_serving(engines, folders, prompts, expected):
+def test_a_slot_serves_one_adapter_after_another(engines, folders, prompts, expected):
     with engines.fresh(replace(ROOMY, max_adapters=1)) as engine:
         for name in (*folders, *folders):
             engine.load_adapter(name, folders[name])
@@ -84,6 +92,29 @@ def test_adapters_come_and_go_while_serving(engines, folders, prompts, expected)
                 engine.submit(ask(prompts[0], name))
             assert (caught.value.code, caught.value.field) == (ErrorCode.NOT_FOUND, "adapter")
             assert tokens(engine.generate([ask(p) for p in prompts])) == expected[""]
+        assert engine.metrics.compilations == 0
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2)], ids=str)
+def test_adapters_come_and_go_while_requests_of_others_are_open(
+    engines, folders, prompts, expected, mesh
+):
+    with engines.fresh(replace(ROOMY, mesh=mesh, max_adapters=2)) as engine:
+        engine.load_adapter("all", folders["all"])
+        requests = [long(prompt, name) for prompt in prompts[:2] for name in ("all", "")]
+        alone = tokens(engine.generate(requests))
+        streams = [iter(engine.submit(request)) for request in requests]
+        firsts = [next(stream).token_ids for stream in streams]
+        engine.unload_adapter("all")
+        for name in ("down", "attention"):
+            engine.load_adapter(name, folders[name])
+            assert tokens(engine.generate([ask(prompts[0], name)])) == expected[name][:1]
+            with pytest.raises(RequestError, match="all 2 slots are in use"):
+                engine.load_adapter("all", folders["all"])
+            engine.unload_adapter(name)
+        assert engine.current_load().num_running == 4, "it all came too late"
+        rests = [sum((event.token_ids for event in stream), ()) for stream in streams]
+        assert [first + rest for first, rest in zip(firsts, rests, strict=True)] == alone
         assert engine.metrics.compilations == 0
 
 
@@ -161,5 +192,16 @@ def test_a_name_is_one_adapters_and_an_engine_without_room_says_so(engines, fold
         for name in ("b", ""):
             with pytest.raises(RequestError, match=f"'{name}', which is not loaded; .*are: all"):
                 engine.unload_adapter(name)
-    with pytest.raises(ConfigError, match="--max-adapters"):
+    with pytest.raises(RequestError, match="start it with --max-adapters N") as caught:
         engines.get(MAIN).load_adapter("all", folders["all"])
+    assert (caught.value.code, caught.value.field) == (ErrorCode.FAILED_PRECONDITION, "")
+
+
+def test_where_there_is_no_room_no_file_is_read(engines, folders):
+    with engines.fresh(replace(ROOMY, max_adapters=1)) as engine:
+        engine.load_adapter("all", folders["all"])
+        with pytest.raises(RequestError, match="all 1 slots are in use") as caught:
+            engine.load_adapter("down", folders["down"] / "missing")
+        assert caught.value.code is ErrorCode.RESOURCE_EXHAUSTED
+    with pytest.raises(RequestError, match="without room for any"):
+        engines.get(MAIN).load_adapter("all", folders["all"] / "missing")

@@ -14,7 +14,7 @@ LAYOUT = Layout(bucket=BUCKET, pages_per_request=4, num_bans=5)
 EOS = (1,)
 
 
-def sequence_at(shard, slot, pages, prompt, **params):
+def sequence_at(shard, slot, pages, prompt, adapter_slot=-1, **params):
     """A running sequence as the scheduler leaves it."""
     request = Request(prompt_ids=tuple(prompt), params=SamplingParams(**params))
     [sequence] = new_group(request, TokenStream("r"), 0, None).sequences
@@ -24,6 +24,7 @@ def sequence_at(shard, slot, pages, prompt, **params):
         slot,
         pages,
     )
+    sequence.adapter_slot = adapter_slot
     return sequence
 
 
@@ -49,12 +50,12 @@ def words_of(builder, *parts):
 def two_parts():
     """Slots and pages that both shards have, of other requests."""
     first = [
-        row_of(sequence_at(0, 1, [5, 2], range(10, 16), temperature=0.5, seed=3), 0, 6),
+        row_of(sequence_at(0, 1, [5, 2], range(10, 16), 2, temperature=0.5, seed=3), 0, 6),
         row_of(sequence_at(0, 0, [1], range(20, 23), min_tokens=9, logprobs=4), 3, 1, True),
     ]
     second = [
-        row_of(sequence_at(1, 1, [2, 5], range(30, 37), top_k=7, prompt_logprobs=0), 0, 5),
-        row_of(sequence_at(1, 0, [0, 1, 3], range(40, 49), bad_words=((8,),)), 9, 1, True),
+        row_of(sequence_at(1, 1, [2, 5], range(30, 37), 0, top_k=7, prompt_logprobs=0), 0, 5),
+        row_of(sequence_at(1, 0, [0, 1, 3], range(40, 49), 1, bad_words=((8,),)), 9, 1, True),
     ]
     return first, second
 
@@ -79,6 +80,7 @@ def test_slots_pages_tokens_and_sampling_are_each_shards_own():
         "query_starts": [[0, 1, 7, 7], [0, 1, 6, 6]],
         "kv_lens": [[4, 6, 0], [10, 5, 0]],
         "takes_previous": [[1, 0, 0], [1, 0, 0]],
+        "adapter_slot": [[-1, 2, -1], [1, 0, -1]],
         "samples": [[1, 1, 0], [1, 0, 0]],
         "temperature": [[1.0, 0.5, 0.0], [1.0, 1.0, 0.0]],
         "top_k": [[0, 0, 0], [0, 7, 0]],

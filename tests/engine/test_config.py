@@ -7,6 +7,7 @@ import pytest
 
 from pallasite.engine import ConfigError, EngineConfig
 from pallasite.engine import runtime as runtime_module
+from pallasite.engine.deployment import plan_deployment
 from pallasite.engine.planner import (
     MemoryPlan,
     choose_num_pages,
@@ -16,12 +17,20 @@ from pallasite.engine.planner import (
 )
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.partition import Partition
+from pallasite.models.sharding import MeshShape
 from pallasite.pallas_kernels.target import TARGETS
 from tests.engine.harness import MAIN
 from tests.tiny_checkpoints import TINY
 
 PLAN = MemoryPlan(
-    weights=1000, adapters=0, cache=0, page=8192, sampler=200, temporaries=300, limit=10_000
+    weights=1000,
+    adapters=0,
+    loading=0,
+    cache=0,
+    page=8192,
+    sampler=200,
+    temporaries=300,
+    limit=10_000,
 )
 
 
@@ -91,6 +100,7 @@ def test_a_plan_that_does_not_fit_says_so_with_the_numbers():
     large = MemoryPlan(
         weights=5 * 10**9,
         adapters=0,
+        loading=0,
         cache=2 * 10**9,
         page=10**6,
         sampler=10**8,
@@ -103,6 +113,19 @@ def test_a_plan_that_does_not_fit_says_so_with_the_numbers():
     for number in ("7.40 GB", "5.00 GB", "2.00 GB", "0.10 GB", "0.30 GB", "4.00 GB"):
         assert number in message
     assert "lower" in message
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2, model=2)], ids=str)
+def test_a_plan_counts_one_adapter_more_while_it_is_put_beside_the_others(mesh):
+    def plan(num_slots):
+        config = replace(MAIN, mesh=mesh, max_adapters=num_slots, max_adapter_rank=4)
+        return plan_deployment(TINY, config).memory_plan(0, None)
+
+    none, one, three = plan(0), plan(1), plan(3)
+    assert none.adapters == none.loading == 0
+    assert one.adapters == one.loading == three.loading > 0
+    assert three.adapters == 3 * one.adapters
+    assert three.total == none.total + 4 * one.adapters
 
 
 def test_this_machine_has_a_limit_and_a_device_says_its_own():

@@ -147,12 +147,17 @@ def test_nobody_starves_behind_those_who_came_later(num_shards):
     assert len(starts) == 200
 
 
-def test_leases_leave_every_shard_about_half_of_its_pages():
+@pytest.mark.parametrize(
+    ("busy_len", "prompt_len", "count"), [(60, 5 * PAGE - 1, 8), (30, 1, 20), (30, PAGE + 1, 10)]
+)
+def test_leases_of_long_and_short_prompts_leave_every_shard_half_of_its_pages(
+    busy_len, prompt_len, count
+):
     simulation = simulation_of(2, num_slots=4, num_pages=20)
     # By its load alone, shard 1 would have them all.
-    [busy] = simulation.add_each(Job(prompt_len=60, max_tokens=19))
-    for _ in range(8):
-        simulation.add_each(Job(prompt_len=5 * PAGE - 1, max_tokens=2, lease=10**6))
+    [busy] = simulation.add_each(Job(prompt_len=busy_len, max_tokens=9))
+    for _ in range(count):
+        simulation.add_each(Job(prompt_len=prompt_len, max_tokens=2, lease=10**6))
         simulation.step()
     assert busy.shard == 0
     for _ in range(30):
@@ -162,7 +167,7 @@ def test_leases_leave_every_shard_about_half_of_its_pages():
     simulation.end_leases()
     simulation.run()
     assert simulation.scheduler.num_free_pages == simulation.scheduler.num_pages
-    assert [shard.num_leased_tokens for shard in simulation.scheduler._shards] == [0, 0]
+    assert [shard.num_leased_pages for shard in simulation.scheduler._shards] == [0, 0]
 
 
 def test_a_lease_of_more_than_half_of_a_shard_goes_where_the_fewest_are():

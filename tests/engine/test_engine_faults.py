@@ -20,7 +20,7 @@ from tests.tiny_checkpoints import TINY, write_hf
 
 PLACES = {
     "planning": (lambda engine: engine._scheduler.pools[0], "allocate"),
-    "filling the batch": (lambda engine: engine._builder, "build"),
+    "filling the batch": (lambda engine: engine._stepper._builder, "build"),
     "choosing a program": (lambda engine: engine._runtime, "bucket_for"),
     "the step": (lambda engine: engine._runtime, "run"),
     "reading the results": (lambda engine: engine._committer, "commit"),
@@ -165,7 +165,7 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
 ):
     # Four slots and few pages: what a slot held before is soon another's.
     engine = engines.get(TIGHT)
-    build, strays = engine._builder.build, []
+    build, strays = engine._stepper._builder.build, []
 
     def watch(plan, *arguments):
         strays.extend(
@@ -173,7 +173,7 @@ def test_a_request_that_cannot_be_prepared_ends_alone_and_writes_to_no_page(
         )
         return build(plan, *arguments)
 
-    monkeypatch.setattr(engine._builder, "build", watch)
+    monkeypatch.setattr(engine._stepper._builder, "build", watch)
     crowd = [greedy(random_prompt(rng, 55), max_tokens=25, ignore_eos=True) for _ in range(3)]
     engine.generate([*crowd, crowd[0]])
     whole = tokens(engine.generate(crowd))

@@ -188,23 +188,6 @@ def test_a_load_that_fails_ends_the_other_process(checkpoint, tmp_path, said, mo
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_other_process_ends_with_this_one(checkpoint, tmp_path):
-    script = (
-        "import os, signal, sys; from pallasite.engine import Engine, EngineConfig\n"
-        "from pathlib import Path\n"
-        f"config = EngineConfig(compile_cache=Path({str(tmp_path)!r}), num_pages=64)\n"
-        "def die(line):\n"
-        "    if 'compiled program' in line: os.kill(os.getpid(), signal.SIGKILL)\n"
-        f"Engine.load({str(checkpoint)!r}, config, die)"
-    )
-    start = time.monotonic()
-    # The output's end is when the last process that could write to it has ended.
-    ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
-    assert ended.returncode == -9
-    assert time.monotonic() - start < 120
-    assert list(tmp_path.glob("*.programs")) == []
-
-
 @pytest.mark.parametrize("way", ["it fails", "it cannot be started", "it sees another JAX"])
 def test_where_the_other_process_leaves_nothing_we_say_so_and_compile_here(
     checkpoint, tmp_path, said, rng, monkeypatch, capfd, way
@@ -248,13 +231,6 @@ def test_an_interrupt_ends_the_other_process(checkpoint, tmp_path, monkeypatch):
     [process] = started
     assert process.returncode == -9
     assert list(tmp_path.glob("*.programs")) == []
-
-
-def test_the_name_is_the_same_in_another_process(tmp_path):
-    deployment = plan_deployment(TINY, SMALL)
-    file = ProgramFile(tmp_path, deployment)
-    assert compile_apart(deployment, file, lambda line: None) == 0
-    assert list(tmp_path.glob("*.programs")) == [file.path]
 
 
 @pytest.mark.parametrize(

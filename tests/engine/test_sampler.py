@@ -18,11 +18,11 @@ from pallasite.engine.sampler import (
     OK,
     SamplingRows,
     kept_weights,
-    neutral_rows,
     sample,
 )
 from pallasite.engine.sampler_state import edit_slot, has_bias, init_state, slot_edits
 from tests.engine import sampler_oracle as oracle
+from tests.engine.neutral_rows import neutral_rows
 
 V = 257
 W = 3

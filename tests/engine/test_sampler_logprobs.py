@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallasite.engine.sampler import neutral_rows, sample, score_tokens
+from pallasite.engine.sampler import sample, score_tokens
 from pallasite.engine.sampler_state import init_state
 from tests.engine import sampler_oracle as oracle
+from tests.engine.neutral_rows import neutral_rows
 
 V = 257
 

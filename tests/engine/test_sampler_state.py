@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallasite.engine.request import SamplingParams
-from pallasite.engine.sampler import neutral_rows, sample
+from pallasite.engine.sampler import sample
 from pallasite.engine.sampler_state import (
     SamplerState,
     SlotEdit,
@@ -20,6 +20,7 @@ from pallasite.engine.sampler_state import (
     init_state,
     slot_edits,
 )
+from tests.engine.neutral_rows import neutral_rows
 
 S, V = 4, 257
 jitted_edit = jax.jit(edit_slot)

@@ -79,6 +79,10 @@ class ToyRuntime(Runtime):
         self.reset()
 
     @property
+    def has_adapters(self) -> bool:
+        return True
+
+    @property
     def num_shards(self) -> int:
         return self._num_shards
 

@@ -350,9 +350,11 @@ async def test_an_engine_without_room_says_how_to_get_some(folder, adapters, com
     )
     with Engine.load(folder, config) as engine:
         async with serving_engine(engine, folder) as s:
-            fields, message = await refused(load(s, "one", adapters["one"]))
-            assert fields == ["folder"]
-            assert "without room for any; start it with --max-adapters" in message
+            for place in (adapters["one"], adapters["one"] / "missing"):
+                fields, message = await refused(load(s, "one", place), TAKEN)
+                assert fields == []
+                assert "without room for any" in message
+                assert "start it with --max-adapters N" in message
             answer = await s.client.model_info()
             assert (list(answer.adapters), answer.max_adapters) == ([], 0)
 
