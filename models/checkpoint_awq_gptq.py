@@ -133,8 +133,14 @@ def _find_gptq(module: Module, num_bits: int, group: int | None, lift: int) -> S
 
 def _build_gptq(name: str, num_bits: int, lift: int, raw: Raw) -> QuantizedTensor:
     codes = unpack(raw["qweight"].T, num_bits)
-    # Wider than a code: a zero that was written one too low may be one more than the largest.
-    zeros = unpack(raw["qzeros"], num_bits).T.astype(np.int32) + lift
+    zeros = unpack(raw["qzeros"], num_bits).T
+    if lift and (zeros == 2**num_bits - 1).any():
+        raise CheckpointError(
+            f"got a zero of 0 written as one too low in {shown(f'{name}.qzeros')}, which readers"
+            " take for 0 or for 16, and which may have changed its neighbours; zeros must be"
+            " unambiguous; save the model with checkpoint_format 'gptq_v2'"
+        )
+    zeros = zeros + np.uint8(lift)
     scales = raw["scales"].T
     if "g_idx" in raw:
         group = codes.shape[1] // scales.shape[1]

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+
 from pallasite.models.checkpoint_bytes import open_bytes
 from pallasite.models.checkpoint_fields import Fields, parse_json, shown
 from pallasite.models.checkpoint_quantized import read_quantization
@@ -44,11 +46,26 @@ class HfCheckpoint:
         self._quantization = read_quantization(
             fields, {name: file.tensors[stored] for name, (stored, file) in self._stored.items()}
         )
-        self.shapes = self._quantization.shapes
+        self.shapes = {
+            name: shape
+            for name, shape in self._quantization.shapes.items()
+            if not self._is_added_bias(architecture, name)
+        }
         generation = folder / "generation_config.json"
         ends = Fields(read_json(generation), generation.name) if generation.exists() else fields
         config = read_config(architecture, fields, ends, self.shapes)
         self.config = replace(config, stored_forms=self._quantization.rules)
+
+    def _is_added_bias(self, architecture: Architecture, name: str) -> bool:
+        """Whether it is a bias of zeros that a quantizer wrote beside a matrix that has none."""
+        matrix = name.removesuffix("bias") + "weight"
+        if not name.endswith(".bias") or matrix not in self._quantization.matrices:
+            return False
+        has_own = architecture.has_bias and name.endswith(
+            ("q_proj.bias", "k_proj.bias", "v_proj.bias")
+        )
+        bias = self.read(name)
+        return not has_own and isinstance(bias, np.ndarray) and not bias.any()
 
     def read(self, name: str) -> Stored:
         """See `Checkpoint.read`."""

@@ -63,9 +63,9 @@ def write_checkpoint(
     """Writes a checkpoint's tensors into a new folder.
 
     A matrix that no rule names stays in the form that it has. Where every quantized matrix is int8
-    or fp8 the folder is in the format of compressed-tensors, which other engines read too; 4-bit
-    matrices have minimums that no such format has, and make it one of our own. Either is read back
-    to the bit.
+    or fp8 the folder is in the format of compressed-tensors, which other engines read too, though
+    not all of them inputs that are rounded by group (`w8a8:N`); 4-bit matrices have minimums that
+    no such format has, and make it one of our own. Either is read back to the bit.
 
     Args:
         rules: patterns of names as `forms.form_of` takes them, and forms.
@@ -77,19 +77,26 @@ def write_checkpoint(
     check_writable(checkpoint, rules, folder)
     forms = _choose(checkpoint, rules)
     quantized = {name: form for name, form in forms.items() if form and form.is_quantized}
-    if all(can_hold(form) for form in quantized.values()):
+    widths = {pattern_name(name): shape[-1] for name, shape in checkpoint.shapes.items()}
+    is_compressed = all(can_hold(form, widths[name]) for name, form in quantized.items())
+    if is_compressed:
         plain = [name for name in forms if name not in quantized]
-        parts_of, stated = compressed_parts, compressed_settings(quantized, plain)
+        stated = compressed_settings(quantized, plain)
     else:
-        parts_of, stated = pallasite_parts, pallasite_settings(quantized)
+        stated = pallasite_settings(quantized)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with closing(ShardWriter(folder, max_shard_bytes)) as shards:
             for index, name in enumerate(checkpoint.shapes):
-                tensor = _round(checkpoint.read(name), forms.get(pattern_name(name)))
+                form = forms.get(pattern_name(name))
+                tensor = _round(checkpoint.read(name), form)
                 if isinstance(tensor, QuantizedTensor):
+                    assert form is not None
                     module = name.removesuffix(".weight")
-                    for part, array in parts_of(tensor).items():
+                    parts = (
+                        compressed_parts(tensor, form) if is_compressed else pallasite_parts(tensor)
+                    )
+                    for part, array in parts.items():
                         shards.write(f"{module}.{part}", array)
                 else:
                     shards.write(name, tensor)

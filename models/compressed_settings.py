@@ -12,9 +12,14 @@ import numpy as np
 from pallasite.models.forms import Form
 from pallasite.models.quantize import QuantizedTensor
 
+# 8-bit values in a word.
+_PER_WORD = 4
 
-def can_hold(form: Form) -> bool:
-    """Returns whether compressed-tensors can hold what `quantize` makes of this form."""
+
+def can_hold(form: Form, num_inputs: int) -> bool:
+    """Returns whether compressed-tensors can hold what `quantize` makes of a matrix."""
+    if _is_packed(form):
+        return num_inputs % _PER_WORD == 0
     return form.kind in ("int8", "fp8")
 
 
@@ -42,13 +47,25 @@ def compressed_settings(forms: Mapping[str, Form], others: Iterable[str]) -> dic
     }
 
 
-def compressed_parts(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
+def compressed_parts(tensor: QuantizedTensor, form: Form) -> dict[str, np.ndarray]:
     """Returns the tensors that a matrix is stored as, by part."""
-    return {"weight": tensor.values, "weight_scale": tensor.scales}
+    if not _is_packed(form):
+        return {"weight": tensor.values, "weight_scale": tensor.scales}
+    return {
+        "weight_packed": (tensor.values.view(np.uint8) ^ np.uint8(0x80)).view("<i4"),
+        "weight_scale": tensor.scales,
+        "weight_shape": np.array(tensor.shape, np.int64),
+    }
+
+
+def _is_packed(form: Form) -> bool:
+    """Whether integers stand four in a word, as other engines want them beside float inputs."""
+    return form.kind == "int8" and not form.quantizes_inputs
 
 
 def _group(form: Form, names: list[str]) -> dict[str, object]:
     is_float = form.kind == "fp8"
+    integers = "pack-quantized" if _is_packed(form) else "int-quantized"
     strategy = {"strategy": "channel"} if form.group is None else {"strategy": "group"}
     shared: dict[str, object] = {
         "num_bits": 8,
@@ -65,7 +82,7 @@ def _group(form: Form, names: list[str]) -> dict[str, object]:
         "weights": weights,
         "input_activations": inputs if form.quantizes_inputs else None,
         "output_activations": None,
-        "format": "float-quantized" if is_float else "int-quantized",
+        "format": "float-quantized" if is_float else integers,
     }
 
 

@@ -63,7 +63,7 @@ GROUPS = TOKEN | {"strategy": "group", "group_size": 32}
 CASES = {
     "awq": (AWQ, (32, range(16), 4), awq_parts, "int4:32"),
     "awq groups of 64": (AWQ | {"group_size": 64}, (64, range(16), 4), awq_parts, "int4:64"),
-    "gptq": (GPTQ, (32, range(1, 17), 4), gptq_parts, "int4:32"),
+    "gptq": (GPTQ, (32, range(1, 16), 4), gptq_parts, "int4:32"),
     "gptq whole rows": (
         GPTQ | {"group_size": -1, "desc_act": True},
         (None, range(8, 9), 4),
@@ -455,3 +455,22 @@ def test_biases_beside_quantized_matrices_are_tensors_of_their_own(rng, tmp_path
     checkpoint = HfCheckpoint(write_quantized(tmp_path, TINY, AWQ, parts))
     assert checkpoint.shapes[f"{UP}.bias"] == (128,)
     np.testing.assert_array_equal(checkpoint.read(f"{UP}.bias"), parts[UP]["bias"])
+
+
+def test_a_gptq_zero_below_what_the_format_can_write_is_refused(rng, tmp_path):
+    matrices = random_matrices(rng, TINY, 32, range(1, 16), 4)
+    matrices[UP].zeros[3, 1] = 16  # written as 15, as 0 is
+    parts = {name: gptq_parts(matrix) for name, matrix in matrices.items()}
+    checkpoint = HfCheckpoint(write_quantized(tmp_path, TINY, GPTQ, parts))
+    with pytest.raises(CheckpointError, match=r"up_proj\.qzeros.*for 0 or for 16.*gptq_v2"):
+        checkpoint.read(f"{UP}.weight")
+
+
+def test_zero_biases_that_gptq_adds_are_left_out(rng, tmp_path):
+    matrices = random_matrices(rng, TINY, 32, range(1, 16), 4)
+    parts = {name: gptq_parts(matrix) for name, matrix in matrices.items()}
+    for name, matrix in matrices.items():
+        parts[name]["bias"] = np.zeros(len(matrix.codes), np.float16)
+    parts[UP]["bias"][7] = 1
+    checkpoint = HfCheckpoint(write_quantized(tmp_path, TINY, GPTQ, parts))
+    assert [name for name in checkpoint.shapes if name.endswith("bias")] == [f"{UP}.bias"]

@@ -120,6 +120,22 @@ def test_int8_is_written_as_compressed_tensors_says(source, tmp_path):
     assert f"{UP}.weight_zero_point" not in tensors
 
 
+def test_int8_beside_floats_is_packed_as_other_engines_want_it(source, tmp_path):
+    write(source, tmp_path / "new", ((EVERY_LAYER, "int8"),))
+    settings = json.loads((tmp_path / "new" / "config.json").read_text())["quantization_config"]
+    group = settings["config_groups"]["group_0"]
+    assert settings["format"] == group["format"] == "pack-quantized"
+    assert group["input_activations"] is None
+    tensors = load_file(tmp_path / "new" / "model.safetensors")
+    tensor = open_checkpoint(source).read(f"{UP}.weight").astype(np.float32)
+    codes = np.round(tensor / tensors[f"{UP}.weight_scale"]).astype(np.int64) + 128
+    expected = sum(codes[:, byte::4] << (8 * byte) for byte in range(4))
+    assert tensors[f"{UP}.weight_packed"].dtype == np.int32
+    np.testing.assert_array_equal(tensors[f"{UP}.weight_packed"].view(np.uint32), expected)
+    np.testing.assert_array_equal(tensors[f"{UP}.weight_shape"], tensor.shape)
+    assert f"{UP}.weight" not in tensors
+
+
 def test_4_bit_matrices_are_held_with_their_minimums(source, tmp_path):
     """As pallas_kernels/quantized_matmul/contract.py lays them out, computed here by hand."""
     write(source, tmp_path / "new", ((EVERY_LAYER, "int4:32"),))
