@@ -125,6 +125,12 @@ class PeftAdapter:
         for tensor in self._file.tensors:
             match = re.fullmatch(r"(.+)\.lora_([AB])(?:\.default)?\.weight", tensor)
             module = match[1].removeprefix(_PREFIX) if match else tensor
+            if "language_model." in module:
+                raise CheckpointError(
+                    f"got tensor {shown(tensor)}, of an adapter for a model with a vision part;"
+                    " adapters of models that are language alone are supported; train one on the"
+                    " language model"
+                )
             if match is None or module not in shapes:
                 raise CheckpointError(
                     f"got tensor {shown(tensor)} in the adapter; adapters of this model may change"

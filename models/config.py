@@ -1,5 +1,6 @@
 """What a model is, in numbers. Frozen and static: every program is compiled for one of these."""
 
+import math
 from dataclasses import dataclass
 
 from pallasite.models.errors import ConfigError
@@ -121,9 +122,9 @@ class ModelConfig:
             )
         for name in ("norm_epsilon", "rope_theta", "query_scale", "local_rope_theta"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
+            if value is not None and not 0 < value < math.inf:
                 raise ConfigError(
-                    f"got {name}={value}; it must be > 0; mend the checkpoint's config"
+                    f"got {name}={value}; it must be finite and > 0; mend the checkpoint's config"
                 )
         self._check_rope()
         if self.windows and len(self.windows) != self.num_layers:

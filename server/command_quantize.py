@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import jax
 
+from pallasite.engine.planner import memory_limit
 from pallasite.models.calibration import measure_inputs
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
 from pallasite.models.checkpoint_write import (
@@ -16,12 +17,13 @@ from pallasite.models.checkpoint_write import (
     surroundings_of,
     write_checkpoint,
 )
+from pallasite.models.errors import ConfigError
 from pallasite.models.loader import load_weights
 from pallasite.models.pull import locate
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import MeshShape, make_mesh
 from pallasite.models.smoothing import Smoothed
-from pallasite.models.weights import placed
+from pallasite.models.weights import num_bytes, placed
 from pallasite.pallas_kernels.target import TARGETS
 from pallasite.server.command_evaluate import cut, read_text
 from pallasite.server.progress import progress_printer
@@ -61,6 +63,13 @@ def _smoothed(path: Path, checkpoint: Checkpoint, text: Path) -> Checkpoint:
     device = jax.devices()[0]
     target, mesh = TARGETS[device.platform], make_mesh(MeshShape(), [device])
     model = placed(make_model(checkpoint.config, "f32", target), mesh)
+    needed, limit = num_bytes(model), memory_limit(device)
+    if limit is not None and needed > limit:
+        raise ConfigError(
+            f"got --smooth for a model of {needed / 1e9:.1f} GB in f32, in which the text is run;"
+            f" {limit / 1e9:.1f} GB are free on {device.platform}; leave --smooth out, or take a"
+            " machine with more memory"
+        )
     sizes = measure_inputs(load_weights(model, checkpoint, mesh), mesh, target, windows)
     return Smoothed(checkpoint, sizes)
 

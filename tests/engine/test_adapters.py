@@ -167,6 +167,10 @@ def test_seeds_and_siblings_go_with_adapters(engines, folders, prompts):
             {"targets": ("w1",), "tensors": {"model.layers.0.mlp.w1.weight": np.ones((64, 64))}},
             "may change k_proj, o_proj, q_proj, v_proj, down_proj, gate_proj, up_proj",
         ),
+        (
+            {"tensors": {"model.language_model.layers.0.mlp.up_proj.weight": np.ones((8, 8))}},
+            "with a vision part",
+        ),
         ({"targets": ()}, "without tensors"),
         ({"settings": {"lora_alpha": 1e41}}, "alpha scales beyond the floats"),
         ({"settings": {"lora_alpha": 1e308}}, "alpha scales beyond the floats"),

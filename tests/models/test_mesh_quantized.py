@@ -13,9 +13,9 @@ from pallasite.models.sharding import MeshShape
 from pallasite.pallas_kernels.target import CPU
 from tests.families import FAMILY_MODELS
 from tests.family_files import write_family_hf
+from tests.models.quantized_cases import AWQ, GPTQ
 from tests.models.quantized_files import awq_parts, gptq_parts, random_matrices, write_quantized
 from tests.models.running import load, mesh_of
-from tests.models.test_checkpoint_quantized import AWQ, GPTQ
 from tests.models.test_mesh import CHUNKS, SIZE, assert_same
 from tests.parity.forward import Forward
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf

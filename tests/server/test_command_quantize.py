@@ -132,3 +132,14 @@ def test_smoothings_windows_fit_a_short_context(run, text, tmp_path, monkeypatch
     assert max(seen) == 48
     assert json.loads((folder / "config.json").read_text())["quantization_config"]
     assert open_checkpoint(folder).config.context_len == 48
+
+
+def test_smoothing_is_refused_where_the_model_has_no_room_in_f32(
+    run, model, text, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(command_quantize, "memory_limit", lambda device: 1000)
+    result = run("quantize", model, tmp_path / "out", "--rules", "w8a8", "--smooth", text)
+    assert result.status == 2
+    assert result.err.splitlines()[-1].startswith("pallasite: got --smooth for a model of 0.0 GB")
+    assert "leave --smooth out" in result.err
+    assert not (tmp_path / "out").exists()
