@@ -118,7 +118,8 @@ def test_a_plan_that_does_not_fit_says_so_with_the_numbers():
 @pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2, model=2)], ids=str)
 def test_a_plan_counts_one_adapter_more_while_it_is_put_beside_the_others(mesh):
     def plan(num_slots):
-        config = replace(MAIN, mesh=mesh, max_adapters=num_slots, max_adapter_rank=4)
+        rank = 4 if num_slots else None
+        config = replace(MAIN, mesh=mesh, max_adapters=num_slots, max_adapter_rank=rank)
         return plan_deployment(TINY, config).memory_plan(0, None)
 
     none, one, three = plan(0), plan(1), plan(3)

@@ -94,6 +94,7 @@ KINDS = (
     ),
     Kind(name="w8a8:64", form="w8a8:64", note="scales by group, for targets whose dot takes them"),
     Kind(name="int4:32", form="int4:32", note="exact: the file itself has these groups (Q4_1)"),
+    Kind(name="int4:16", form="int4:16", note="4-bit weights rounded again, to half the groups"),
     Kind(name="int4:64", form="int4:64", note="4-bit weights rounded again, to other groups"),
     Kind(name="int4:32, bf16, int8 cache", base="bf16", form="int4:32", has_int8_cache=True),
 )
@@ -101,7 +102,7 @@ KINDS = (
 
 def main(model: str = "smollm2-135m") -> None:
     jax.config.update("jax_num_cpu_devices", max(DEVICES))
-    lines = [_HEAD, *_family_table(), *_FORMS.splitlines(), *_form_table(locate(model))]
+    lines = [_HEAD, *_family_table(), _FORMS, *_form_table(locate(model))]
     OUTPUT.write_text("\n".join(lines) + "\n")
 
 
