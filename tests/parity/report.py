@@ -142,7 +142,15 @@ def _difference(name: str, tiny: FamilyModel, form: str, num_devices: int = 1) -
 
 
 def _form_table(path: Path) -> list[str]:
-    names = ["form", "perplexity", "change", "mean difference of log p", "top-1", "weights, MB", "note"]
+    names = [
+        "form",
+        "perplexity",
+        "change",
+        "mean difference of log p",
+        "top-1",
+        "weights, MB",
+        "note",
+    ]
     rows = [names]
     reference: list[Scores] = []
     for kind in KINDS:
