@@ -148,7 +148,7 @@ def _form_table(path: Path) -> list[str]:
         "change",
         "mean difference of log p",
         "top-1",
-        "weights, MB",
+        "MB of weights",
         "note",
     ]
     rows = [names]
