@@ -202,7 +202,11 @@ class Engine:
 
         def load() -> None:
             slot = self._slot_for(name)
-            self._runtime.set_adapter(one, slot)
+            try:
+                self._runtime.set_adapter(one, slot)
+            finally:
+                if not self._runtime.has_adapters:  # a name must not stand for an empty slot
+                    self._adapters.clear()
             self._adapters.add(name, slot)
 
         self._ask(load)
@@ -336,13 +340,11 @@ class Engine:
         So does what waits for an adapter, where a load that failed has lost them.
         """
         self._previous = None
-        is_bare = not self._runtime.has_adapters
-        if is_bare:
-            self._adapters.clear()
         # The leases first, so that no decode of one can be asked for after those that are taken in
         # here, which compute their prompts again.
         revoked = self._leases.revoke_all("was lost with a failed step")
         self._intake.run_commands()
+        is_bare = not self._runtime.has_adapters
         for sequence in list(self._scheduler.sequences()):
             is_lost = is_bare and sequence.adapter_slot >= 0
             if sequence.state is State.RUNNING or sequence.num_in_flight or is_lost:

@@ -77,11 +77,21 @@ def adapter_memory_error() -> RequestError:
     )
 
 
+def placing_error() -> RequestError:
+    """Answers who asked for an adapter that the devices did not take; nothing else is lost."""
+    return RequestError(
+        "an adapter could not be put on the devices; those that are loaded stay; load it again, and"
+        " see the log where that fails, too",
+        code=ErrorCode.UNAVAILABLE,
+        retry_after_s=1.0,
+    )
+
+
 def lost_adapters_error() -> RequestError:
     """Answers who asked for an adapter that could not be put beside the others: all are lost."""
     return RequestError(
-        "loading an adapter failed on the device, and all loaded adapters were lost with it; the"
-        " engine goes on without any; load them again",
+        "loading an adapter failed on the device, and all loaded adapters were lost with it; what"
+        " ran has ended, and the engine goes on without any; load them again",
         code=ErrorCode.UNAVAILABLE,
         retry_after_s=1.0,
     )

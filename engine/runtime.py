@@ -16,7 +16,7 @@ import numpy as np
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
-from pallasite.engine.errors import adapter_memory_error, lost_adapters_error
+from pallasite.engine.errors import adapter_memory_error, lost_adapters_error, placing_error
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan
 from pallasite.engine.planner import memory_limit, pages_that_fit
@@ -125,7 +125,7 @@ class Runtime:
         """Puts an adapter that was read into a slot; steps launched before do not see it.
 
         Raises RequestError: RESOURCE_EXHAUSTED where the devices have no memory for it, UNAVAILABLE
-        where all adapters are lost; then `reset` makes them anew.
+        where they do not take it, or where all adapters are lost; then `reset` makes them anew.
         """
         # Waits, so that one adapter at a time is on its way, as the memory plan has it, and that
         # what fails does so here and not in the steps after it.
@@ -148,9 +148,8 @@ class Runtime:
             placed = {key: place_one(one.get(key), like) for key, like in shapes}
             return jax.block_until_ready(placed)
         except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise adapter_memory_error() from error
+            is_short = "RESOURCE_EXHAUSTED" in str(error)
+            raise (adapter_memory_error() if is_short else placing_error()) from error
 
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Launches a step on the words `[d, W]` of d data shards.

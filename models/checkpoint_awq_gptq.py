@@ -134,7 +134,7 @@ def _find_gptq(module: Module, num_bits: int, group: int | None, lift: int) -> S
 def _build_gptq(name: str, num_bits: int, lift: int, raw: Raw) -> QuantizedTensor:
     codes = unpack(raw["qweight"].T, num_bits)
     zeros = unpack(raw["qzeros"], num_bits).T
-    if lift and (zeros == 2**num_bits - 1).any():
+    if num_bits == 4 and lift and (zeros == 15).any():
         raise CheckpointError(
             f"got a zero of 0 written as one too low in {shown(f'{name}.qzeros')}, which readers"
             " take for 0 or for 16, and which may have changed its neighbours; zeros must be"

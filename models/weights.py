@@ -156,7 +156,12 @@ class Declare:
     def _quantized_parts(
         self, held: tuple[int, ...], axes: tuple[str, ...], form: Form, source: Source
     ) -> dict[str, Weight]:
-        num_inputs = held[-1]
+        num_inputs, stored = held[-1], source.shape[-1]
+        if form.group is not None and stored % form.group:
+            raise ConfigError(
+                f"got the form {form} for {source.pattern_name}, whose rows have {stored} inputs;"
+                f" the group must divide {stored}; choose another group"
+            )
         num_parts = self.partition.num_parts if RULES[axes[-1]] == MODEL_AXIS else 1
         if form.group is not None and num_inputs % (num_parts * form.group):
             raise ConfigError(

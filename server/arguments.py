@@ -235,7 +235,8 @@ def engine_line(config: EngineConfig) -> list[str]:
     """The flags with which `pallasite serve` runs such an engine."""
     cache = config.compile_cache
     line = ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
-    return line + shown_flags(config, ENGINE_FLAGS + ADAPTER_FLAGS)
+    line += shown_flags(config, ENGINE_FLAGS + ADAPTER_FLAGS + QUEUE_FLAGS)
+    return line + shown_flags(config.limits, LIMIT_FLAGS)
 
 
 def own_adapters(args: argparse.Namespace) -> list[tuple[str, Path]]:

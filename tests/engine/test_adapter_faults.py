@@ -1,6 +1,8 @@
 """Loading an adapter where the device has no memory for it, or fails: who is told, who goes on."""
 
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import pytest
@@ -68,7 +70,7 @@ def test_an_adapter_for_which_memory_is_short_is_refused_and_the_others_stay(
 
 
 @pytest.mark.parametrize("gives_away", [False, True], ids=["before it ran", "after it ran"])
-def test_a_load_that_fails_on_the_device_ends_who_used_adapters_and_the_engine_goes_on(
+def test_a_load_that_fails_on_the_device_ends_what_runs_and_the_engine_goes_on(
     engines, folder, prompts, monkeypatch, gives_away
 ):
     with engines.fresh(ROOMY) as engine:
@@ -113,3 +115,50 @@ def test_a_load_that_fails_on_the_device_ends_who_used_adapters_and_the_engine_g
         assert tokens(engine.generate(requests)) == whole
         assert engine.metrics.is_alive
         assert engine.metrics.compilations == 0
+
+
+def test_a_device_that_does_not_take_an_adapter_is_told_so_and_nothing_is_lost(
+    engines, folder, monkeypatch
+):
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    with engines.fresh(ROOMY) as engine:
+        engine.load_adapter("all", folder)
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime_module, "place_one", fail)
+            with pytest.raises(RequestError, match="those that are loaded stay") as caught:
+                engine.load_adapter("other", folder)
+        assert caught.value.code is ErrorCode.UNAVAILABLE
+        assert engine.adapter_names() == ["all"]
+
+
+def test_adapters_lost_while_the_engine_recovers_are_forgotten_too(
+    engines, folder, prompts, monkeypatch
+):
+    """A step fails while a load waits, which fails then: no name may stand for an empty slot."""
+
+    def fail(*arguments):
+        raise jax.errors.JaxRuntimeError("INTERNAL: the device is gone")
+
+    with engines.fresh(ROOMY) as engine, ThreadPoolExecutor() as pool:
+        engine.load_adapter("all", folder)
+        loads = []
+
+        def fail_with_a_load_waiting(*arguments):
+            loads.append(pool.submit(engine.load_adapter, "other", folder))
+            while not engine._intake._commands:
+                time.sleep(0.01)
+            fail()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._runtime.programs, "set_adapter", fail)
+            patch.setattr(engine._runtime, "run", fail_with_a_load_waiting)
+            stream = engine.submit(ask(prompts[0], "all"))
+            assert list(stream)[-1].finish.error.code is ErrorCode.UNAVAILABLE
+            with pytest.raises(RequestError, match="all loaded adapters were lost"):
+                loads[0].result(60)
+        assert len(loads) == 1
+        assert engine.adapter_names() == []
+        with pytest.raises(RequestError, match="not loaded; loaded are: none"):
+            engine.submit(ask(prompts[0], "all"))

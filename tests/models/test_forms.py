@@ -290,3 +290,11 @@ def test_a_stored_form_whose_groups_do_not_divide_is_refused_too():
         matrices(config=stored)
     # Unless the operator has the weight held otherwise.
     assert forms(("v_proj", "int8"), config=stored)["model.layers.*.self_attn.v_proj"] == "int8"
+
+
+@pytest.mark.parametrize("num_parts", [1, 2, 3])
+def test_a_group_that_padding_alone_would_fit_is_refused_on_every_mesh(num_parts):
+    """Rounding is in the model's own order, where 96 channels are no groups of 64."""
+    config = replace(TINY, ffn_width=96)
+    with pytest.raises(ConfigError, match=r"have 96 inputs; the group must divide 96; choose"):
+        matrices(num_parts=num_parts, rules=(("down_proj", "int8:64"),), config=config)

@@ -133,8 +133,7 @@ class FakeEngine:
 
     def load_adapter(self, name, folder):
         with self._lock:
-            self.adapters.check_name(name)
-            self.adapters.add(name, self.adapters.free_slot(()))
+            self.adapters.add(name, self.adapters.slot_for(name, ()))
 
     def unload_adapter(self, name):
         with self._lock:

@@ -226,6 +226,7 @@ def test_the_rank_of_an_adapter_has_a_default_where_there_is_room():
             cache_tokens=1024,
         ),
         EngineConfig(num_pages=9, max_adapters=2, max_adapter_rank=4),
+        EngineConfig(max_waiting=8, max_leases=3, max_unread_tokens=9, limits=Limits(max_n=5)),
     ],
 )
 def test_an_engines_line_makes_the_same_engine(config):
