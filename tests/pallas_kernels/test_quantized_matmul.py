@@ -126,7 +126,7 @@ def test_rows_of_zeros_give_zeros(kind, num_groups, dtype, rng):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("num_groups", [1, 3])
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(("x_size", "scale"), [(1e30, 1e-30), (1e-30, 1e30), (1e18, 1e15)])
+@pytest.mark.parametrize(("x_size", "scale"), [(1e30, 1e-30), (1e-30, 1e30), (1e18, 1e12)])
 def test_huge_and_tiny_magnitudes(kind, num_groups, dtype, x_size, scale, rng):
     case = make_case(rng, kind, 3, 5, num_groups, 32)
     case.x[:] = case.x * np.float32(x_size)
