@@ -73,8 +73,13 @@ def measure(checkpoint, texts=TEXTS):
     return measure_inputs(load(checkpoint, "f32", mesh=mesh), mesh, CPU, texts)
 
 
-@pytest.mark.parametrize("texts", [TEXTS, [[17]], [[17], [4]]], ids=["texts", "token", "tokens"])
-def test_the_inputs_sizes_are_those_of_a_float64_model(rng, texts):
+# A channel of a single token may cancel to a thousandth of the others, with their f32 noise.
+@pytest.mark.parametrize(
+    ("texts", "noise"),
+    [(TEXTS, 0.0), ([[17]], 1e-6), ([[17], [4]], 1e-6)],
+    ids=["texts", "token", "tokens"],
+)
+def test_the_inputs_sizes_are_those_of_a_float64_model(rng, texts, noise):
     tensors = with_outliers(random_tensors(TINY, seed=8), rng)
     sizes = measure(InMemory(tensors), texts)
     oracle = RecordingOracle(TINY, tensors)
@@ -88,7 +93,7 @@ def test_the_inputs_sizes_are_those_of_a_float64_model(rng, texts):
             assert len(inputs) == sum(map(len, texts))
             expected = np.sqrt((inputs**2).mean(0))
             np.testing.assert_allclose(
-                measured[layer], expected, rtol=1e-4, atol=1e-6 * expected.max()
+                measured[layer], expected, rtol=1e-4, atol=noise * expected.max()
             )
             num_compared += 1
     assert num_compared == 14
