@@ -77,7 +77,7 @@ clean:
 	@touch $@
 
 .venv/test.stamp: .venv/run.stamp
-	$(PIP) -e '.[hub,test]'
+	$(PIP) -e '.[hub,test,tpu]'
 	@touch $@
 
 .venv/lint.stamp: .venv/run.stamp

@@ -24,7 +24,7 @@ from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
-from pallasite.pallas_kernels.target import TARGETS
+from pallasite.pallas_kernels.target import target_of
 
 MAX_VIRTUAL_DEVICES = 256
 """Into how many a CPU is cut at most: a larger mesh is refused, not tried."""
@@ -116,7 +116,7 @@ def plan_deployment(
     Raises ConfigError where the model cannot be served so.
     """
     devices = devices or devices_for(config.mesh)
-    target, mesh = TARGETS[devices[0].platform], make_mesh(config.mesh, devices)
+    target, mesh = target_of(devices[0].platform, devices[0].device_kind), make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)
     # Ropes that stretch long contexts go by what is served, not by what could be.
     model = replace(model, context_len=max_context_len)

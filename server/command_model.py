@@ -19,7 +19,7 @@ from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import make_mesh
 from pallasite.models.weights import num_bytes
-from pallasite.pallas_kernels.target import TARGETS
+from pallasite.pallas_kernels.target import target_of
 from pallasite.server.arguments import engine_config
 from pallasite.server.progress import progress_printer
 
@@ -35,7 +35,7 @@ def info(args: argparse.Namespace) -> int:
     config = engine_config(args)
     devices = devices_for(config.mesh)
     make_mesh(config.mesh, devices)  # one that is too large is refused without a MODEL, too
-    target = TARGETS[devices[0].platform]
+    target = target_of(devices[0].platform, devices[0].device_kind)
     facts: dict[str, Any] = {
         "versions": {
             "pallasite": importlib.metadata.version("pallasite"),

@@ -30,8 +30,10 @@ def paged_attention(
     layer: Int[Array, ""],
     ragged: Ragged,
     config: AttentionConfig,
+    sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "T N H"], PagedCache]:
     """See the op in the package."""
+    assert sinks is None, "TODO"
     cache = write(kv_new, cache, layer, ragged)
     num_tokens, num_heads, head_width = q.shape
     num_rows = ragged.kv_lens.shape[0]

@@ -7,7 +7,7 @@ from pallasite.models.checkpoint_fields import Fields
 from pallasite.models.hf_config import read_architecture, read_config
 from pallasite.models.registry import FAMILIES, make_model
 from pallasite.models.weights import declared_weights, named_weights, source_of
-from pallasite.pallas_kernels.target import TPU
+from pallasite.pallas_kernels.target import V6E
 from tests.families import FAMILY_MODELS
 
 # The settings of published models that count, and their numbers of parameters.
@@ -148,7 +148,7 @@ def test_a_published_model_has_its_number_of_parameters_and_takes_no_memory(name
     fields = Fields(hf, "config.json")
     layers = {f"model.layers.{layer}.x": (1,) for layer in range(hf["num_hidden_layers"])}
     config = read_config(read_architecture(fields), fields, fields, layers)
-    model = make_model(config, "bf16", TPU)
+    model = make_model(config, "bf16", V6E)
     assert sum(weight.size for _, weight in named_weights(model)) == num_parameters
     assert [array for array in jax.live_arrays() if id(array) not in before] == []
 
@@ -162,7 +162,7 @@ def test_no_family_but_llama_is_left_out():
 def test_weights_are_declared_with_the_checkpoints_names(name):
     model = FAMILY_MODELS[name]
     declared = {}
-    for _, weight in declared_weights(make_model(model.config, "f32", TPU)):
+    for _, weight in declared_weights(make_model(model.config, "f32", V6E)):
         source = source_of(weight)
         declared |= dict.fromkeys(source.names(model.config.num_layers), source.shape)
     assert declared == {name: tensor.shape for name, tensor in model.tensors().items()}

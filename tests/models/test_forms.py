@@ -12,7 +12,7 @@ from pallasite.models.errors import ConfigError
 from pallasite.models.forms import EVERY_LAYER, Form, check_rules, form_of, parse_form
 from pallasite.models.registry import make_model
 from pallasite.models.weights import Matrix, declared_weights, num_bytes
-from pallasite.pallas_kernels.target import CPU, TPU
+from pallasite.pallas_kernels.target import CPU, V6E
 from tests.tiny_checkpoints import TINY
 
 FORMS = {
@@ -33,7 +33,7 @@ IN_LAYERS = {f"model.layers.*.{name}" for name in NAMES}
 ALL = {*IN_LAYERS, "model.embed_tokens", "lm_head"}
 
 
-def matrices(base="bf16", target=TPU, num_parts=1, rules=(), config=TINY) -> dict[str, Matrix]:
+def matrices(base="bf16", target=V6E, num_parts=1, rules=(), config=TINY) -> dict[str, Matrix]:
     """The abstract model's matrices by the names that rules know them by."""
     weights = declared_weights(make_model(config, base, target, num_parts, rules))
     return {w.source.pattern_name: w for _, w in weights if isinstance(w, Matrix)}
@@ -186,7 +186,7 @@ def test_the_operators_rules_come_before_those_of_the_checkpoint():
     assert set(forms(("", "f32"), config=stored).values()) == {"f32"}
 
 
-@pytest.mark.parametrize("target", [CPU, TPU], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [CPU, V6E], ids=lambda target: target.name)
 @pytest.mark.parametrize("base", ["f32", "bf16"])
 @pytest.mark.parametrize("form", ["f32", "bf16"])
 def test_a_rule_for_floats_holds_them_so_whatever_the_others_are(base, form, target):
@@ -203,7 +203,7 @@ def test_a_rule_for_floats_holds_them_so_whatever_the_others_are(base, form, tar
         assert matrix.scales is matrix.minimums is None
 
 
-@pytest.mark.parametrize("target", [CPU, TPU], ids=lambda target: target.name)
+@pytest.mark.parametrize("target", [CPU, V6E], ids=lambda target: target.name)
 @pytest.mark.parametrize(
     ("form", "dtype", "packs", "groups"),
     [

@@ -14,7 +14,7 @@ from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.weights import declared_weights, named_weights, num_bytes, source_of
 from pallasite.pallas_kernels.paged_attention import Ragged
-from pallasite.pallas_kernels.target import CPU, TARGETS, TPU
+from pallasite.pallas_kernels.target import CPU, TARGETS, V6E
 from tests.models.running import Program, load, mesh_of
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
@@ -80,7 +80,7 @@ def test_what_weights_are_held_as(target):
 
 
 def test_weights_are_declared_with_the_checkpoints_names():
-    weights = dict(declared_weights(make_model(TINY, "f32", TPU)))
+    weights = dict(declared_weights(make_model(TINY, "f32", V6E)))
     sources = {name: source_of(weight).name for name, weight in weights.items()}
     layer = "model.layers.{layer}."
     assert sources == {
@@ -98,7 +98,7 @@ def test_weights_are_declared_with_the_checkpoints_names():
         "head": "lm_head.weight",
     }
     assert "head" not in dict(
-        declared_weights(make_model(replace(TINY, ties_embedding=True), "f32", TPU))
+        declared_weights(make_model(replace(TINY, ties_embedding=True), "f32", V6E))
     )
 
 

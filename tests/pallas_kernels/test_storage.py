@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis.extra.numpy import arrays
 
 from pallasite.pallas_kernels.storage import decode, encode, quantize_rows, storage_dtype
-from pallasite.pallas_kernels.target import CPU, GPU, TPU
+from pallasite.pallas_kernels.target import CPU, GPU, V6E
 
 UNIT = 2.0**-24
 LARGEST = float(np.float32(3.4e38))
@@ -133,9 +133,9 @@ def test_one_wrong_rounding_would_be_seen(rng):
 
 def test_bfloat16_is_held_as_bits_where_the_target_says_so():
     assert storage_dtype(jnp.bfloat16, CPU) == jnp.uint16
-    for target in (GPU, TPU):
+    for target in (GPU, V6E):
         assert storage_dtype(jnp.bfloat16, target) == jnp.bfloat16
-    for target in (CPU, GPU, TPU):
+    for target in (CPU, GPU, V6E):
         assert storage_dtype(jnp.float32, target) == jnp.float32
 
 
