@@ -116,7 +116,8 @@ def plan_deployment(
     Raises ConfigError where the model cannot be served so.
     """
     devices = devices or devices_for(config.mesh)
-    target, mesh = target_of(devices[0].platform, devices[0].device_kind), make_mesh(config.mesh, devices)
+    target = target_of(devices[0].platform, devices[0].device_kind)
+    mesh = make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)
     # Ropes that stretch long contexts go by what is served, not by what could be.
     model = replace(model, context_len=max_context_len)

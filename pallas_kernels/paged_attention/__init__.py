@@ -66,7 +66,7 @@ def _check(
             raise ValueError(f"got {name} of {array.dtype}; it must be float32 or bfloat16")
     if kv_new.shape != (num_tokens, num_kv_heads, 2, head_width):
         raise ValueError(
-            f"got kv_new {kv_new.shape} beside q {q.shape}; it must be [T, K, 2, H], T and H as in q"
+            f"got kv_new {kv_new.shape} beside q {q.shape}; it must be [T, K, 2, H], T and H q's"
         )
     if num_heads % num_kv_heads:
         raise ValueError(
