@@ -1,4 +1,4 @@
-"""How floats are held in fewer bits: bfloat16, see `Target.holds_bfloat16_as_bits`, and int8.
+"""How floats are held in fewer bits: bfloat16, see `Target.holds_bfloat16_as_bits`, int8 and fp8.
 
 An array of dtype uint16 here always means the bits of bfloat16 values. The dtype of the array that
 is at hand decides, so nothing else has to be passed along.
@@ -8,9 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Shaped
 
 from pallasite.pallas_kernels.target import Target
+
+LARGEST = {jnp.dtype(jnp.int8): 127, jnp.dtype(jnp.float8_e4m3fn): 448}
+"""What the largest magnitude of a row becomes, in each type that a scale goes with."""
 
 
 def storage_dtype(dtype: DTypeLike, target: Target) -> jnp.dtype:
@@ -34,17 +37,23 @@ def decode(held: jax.Array) -> jax.Array:
     return held
 
 
-def quantize_rows(values: Float[Array, "*r n"]) -> tuple[Int8[Array, "*r n"], Float[Array, "*r"]]:
-    """Rounds each row to int8 with a scale of its own; returns them so that values = rows * scale.
+def quantize_rows(
+    values: Float[Array, "*r n"], held_as: DTypeLike = jnp.int8
+) -> tuple[Shaped[Array, "*r n"], Float[Array, "*r"]]:
+    """Rounds each row with a scale of its own; returns them so that values = rows * scale.
 
-    The largest magnitude of a row becomes 127 or -127. A row of zeros has a scale of 0, and so has
-    one whose values are all below 1.5e-36, for which f32 has no scale with a finite inverse.
+    `held_as` is int8 or float8_e4m3fn. The largest magnitude of a row becomes the type's `LARGEST`,
+    127 or 448. A row of zeros has a scale of 0, and so has one whose values are all below 1.5e-36
+    (5.3e-36 for fp8), for which f32 has no scale with a finite inverse.
     """
+    largest = LARGEST[jnp.dtype(held_as)]
     values = values.astype(jnp.float32)
     # Not a division by 127: compilers make this of one, some do and some do not, and kernels that
     # write the same rows shall have the same bits.
-    scales = jnp.max(jnp.abs(values), axis=-1) * np.float32(1 / 127)
+    scales = jnp.max(jnp.abs(values), axis=-1) * np.float32(1 / largest)
     is_zero = scales < jnp.finfo(jnp.float32).tiny
     inverse = jnp.where(is_zero, 0.0, 1 / jnp.where(is_zero, 1.0, scales))
-    rows = jnp.round(values * inverse[..., None]).astype(jnp.int8)
-    return rows, jnp.where(is_zero, 0.0, scales)
+    rows = values * inverse[..., None]
+    if jnp.dtype(held_as) == jnp.int8:
+        rows = jnp.round(rows)
+    return rows.astype(held_as), jnp.where(is_zero, 0.0, scales)

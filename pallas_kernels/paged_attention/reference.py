@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.paged_attention.rows import join_rows, split_rows
 from pallasite.pallas_kernels.storage import decode, encode, quantize_rows
 
 BLOCK_TOKENS = 128
@@ -33,15 +34,16 @@ def paged_attention(
     sinks: Float[Array, "N"] | None = None,
 ) -> tuple[Float[Array, "T N H"], PagedCache]:
     """See the op in the package."""
-    assert sinks is None, "TODO"
     cache = write(kv_new, cache, layer, ragged)
     num_tokens, num_heads, head_width = q.shape
     num_rows = ragged.kv_lens.shape[0]
     q = q.astype(jnp.float32) * config.scale
     num_kv_heads = cache.values.shape[2]
     q = q.reshape(num_tokens, num_kv_heads, num_heads // num_kv_heads, head_width)
-    reader = _BlockReader.make(cache, layer, ragged.page_table)
-    view = _View(_window(config, layer), config.soft_cap)
+    reader = _BlockReader.make(cache, layer, ragged.page_table, head_width)
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(q.shape[1:3])
+    view = _View(_window(config, layer), config.soft_cap, sinks)
     out = _attend_decode(q[:num_rows], reader, ragged, view)
     if num_tokens > num_rows:
         out = jnp.pad(out, ((0, num_tokens - num_rows), (0, 0), (0, 0), (0, 0)))
@@ -55,18 +57,19 @@ def write(
     """Returns the cache with each live token's keys and values in its place."""
     token = jnp.arange(kv_new.shape[0], dtype=jnp.int32)
     row = jnp.sum(token[:, None] >= ragged.query_starts[None, 1:], axis=1, dtype=jnp.int32)
-    num_pages, page_size = cache.values.shape[1], cache.values.shape[4]
-    page = ragged.page_table[row, ragged.positions // page_size]
-    page = jnp.where(token < ragged.query_starts[-1], page, num_pages)
-    place = (layer, page, slice(None), slice(None), ragged.positions % page_size)
+    num_pages = cache.values.shape[1]
+    page = ragged.page_table[row, ragged.positions // cache.page_size]
+    # A negative id would count from the end; the one past it is dropped.
+    is_written = (token < ragged.query_starts[-1]) & (page >= 0)
+    page = jnp.where(is_written, page, num_pages)
+    place = (layer, page, slice(None), slice(None), ragged.positions % cache.page_size)
     if cache.scales is None:
-        held = encode(kv_new, cache.values.dtype)
-        return PagedCache(values=cache.values.at[place].set(held, mode="drop"))
-    held, scales = quantize_rows(kv_new)
-    return PagedCache(
-        values=cache.values.at[place].set(held, mode="drop"),
-        scales=cache.scales.at[place].set(scales, mode="drop"),
-    )
+        held, scales = encode(kv_new, cache.values.dtype), None
+    else:
+        held, rows_scales = quantize_rows(kv_new, cache.values.dtype)
+        scales = cache.scales.at[place].set(rows_scales, mode="drop")
+    rows = join_rows(held, (cache.values.shape[3], cache.values.shape[5]))
+    return PagedCache(values=cache.values.at[place].set(rows, mode="drop"), scales=scales)
 
 
 class _BlockReader(NamedTuple):
@@ -75,19 +78,26 @@ class _BlockReader(NamedTuple):
     cache: PagedCache
     layer: Int[Array, ""]
     page_table: Int[Array, "B M"]
+    head_width: int
     num_pages: int
 
     @classmethod
     def make(
-        cls, cache: PagedCache, layer: Int[Array, ""], page_table: Int[Array, "B M"]
+        cls,
+        cache: PagedCache,
+        layer: Int[Array, ""],
+        page_table: Int[Array, "B M"],
+        head_width: int,
     ) -> "_BlockReader":
-        num_pages = max(1, BLOCK_TOKENS // cache.values.shape[4])
+        num_pages = max(1, BLOCK_TOKENS // cache.page_size)
         surplus = -page_table.shape[1] % num_pages
-        return cls(cache, layer, jnp.pad(page_table, ((0, 0), (0, surplus))), num_pages)
+        pages = jnp.clip(page_table, 0, cache.values.shape[1] - 1)
+        pages = jnp.pad(pages, ((0, 0), (0, surplus)))
+        return cls(cache, layer, pages, head_width, num_pages)
 
     @property
     def num_tokens(self) -> int:
-        return self.num_pages * self.cache.values.shape[4]
+        return self.num_pages * self.cache.page_size
 
     def pages_of_row(self, row: Int[Array, ""], block: Int[Array, ""]) -> Int[Array, "p"]:
         start = (row, block * self.num_pages)
@@ -101,13 +111,14 @@ class _BlockReader(NamedTuple):
     def read(self, pages: Int[Array, "*B p"]) -> tuple[Array, Array]:
         """Returns keys and values `[*B, K, S, H]` of the pages' tokens, in f32."""
         held = self.cache.values[self.layer, pages]
-        held = jnp.moveaxis(held, -5, -3)  # [*B, K, 2, p, page, H]
-        shape = (*held.shape[:-3], self.num_tokens, held.shape[-1])
-        kv = decode(held.reshape(shape)).astype(jnp.float32)
-        if self.cache.scales is not None:
-            scales = jnp.moveaxis(self.cache.scales[self.layer, pages], -4, -2)
-            kv = kv * scales.reshape(*shape[:-1], 1)
-        return kv[..., 0, :, :], kv[..., 1, :, :]
+        held = jnp.moveaxis(held, -5, -3)  # [*B, K, R, p, page, W]
+        rows = held.reshape(*held.shape[:-3], self.num_tokens, held.shape[-1])
+        k, v = (decode(x).astype(jnp.float32) for x in split_rows(rows, self.head_width))
+        if self.cache.scales is None:
+            return k, v
+        scales = jnp.moveaxis(self.cache.scales[self.layer, pages], -4, -2)  # [*B, K, 2, p, page]
+        scales = scales.reshape(*scales.shape[:-2], self.num_tokens, 1)
+        return k * scales[..., 0, :, :], v * scales[..., 1, :, :]
 
 
 class _Softmax(NamedTuple):
@@ -118,10 +129,12 @@ class _Softmax(NamedTuple):
     weighted: Float[Array, "*q H"]
 
     @classmethod
-    def start(cls, q: Float[Array, "*q H"]) -> "_Softmax":
+    def start(cls, q: Float[Array, "*q H"], sinks: Float[Array, "*#q"] | None) -> "_Softmax":
+        """Begins with nothing seen, or with the sinks' weight and no value."""
+        first = -jnp.inf if sinks is None else sinks
         return cls(
-            jnp.full(q.shape[:-1], -jnp.inf, jnp.float32),
-            jnp.zeros(q.shape[:-1], jnp.float32),
+            jnp.broadcast_to(jnp.asarray(first, jnp.float32), q.shape[:-1]),
+            jnp.full(q.shape[:-1], 0.0 if sinks is None else 1.0, jnp.float32),
             jnp.zeros(q.shape, jnp.float32),
         )
 
@@ -148,10 +161,11 @@ class _Softmax(NamedTuple):
 
 
 class _View(NamedTuple):
-    """What of a sequence's scores one layer's queries see."""
+    """What of a sequence's scores one layer's queries see, and what beside them."""
 
     window: Int[Array, ""] | None
     soft_cap: float | None
+    sinks: Float[Array, "K G"] | None
 
     def first_visible(self, positions: Int[Array, "*q"]) -> Int[Array, "*q"]:
         if self.window is None:
@@ -195,7 +209,8 @@ def _attend_decode(
 
     first = jnp.min(starts) // reader.num_tokens
     end = -(-jnp.max(kv_lens) // reader.num_tokens)
-    return jax.lax.fori_loop(first, end, block, _Softmax.start(q)).result()
+    empty = _Softmax.start(q, None if view.sinks is None else view.sinks[None])
+    return jax.lax.fori_loop(first, end, block, empty).result()
 
 
 def _attend_prefill(
@@ -238,7 +253,8 @@ def _attend_prefill(
 
         first = jnp.maximum(starts[0], 0) // reader.num_tokens
         end = -(-jnp.minimum(kv_len, first_position + tile_len) // reader.num_tokens)
-        done = jax.lax.fori_loop(first, end, block, _Softmax.start(queries)).result()
+        empty = _Softmax.start(queries, None if view.sinks is None else view.sinks[..., None])
+        done = jax.lax.fori_loop(first, end, block, empty).result()
         done = jnp.transpose(done, (2, 0, 1, 3))
         return jax.lax.dynamic_update_slice_in_dim(out, done, start, axis=0)
 

@@ -1,4 +1,4 @@
-"""How floats are held in fewer bits: rows of int8 with a scale, and bfloat16 as its bits."""
+"""How floats are held in fewer bits: rows of int8 or fp8 with a scale, and bfloat16 as its bits."""
 
 import hypothesis.strategies as st
 import jax
@@ -20,6 +20,7 @@ LEAST = 127 * TINY
 """The least magnitude of a row that has a scale."""
 
 jitted = jax.jit(quantize_rows)
+jitted_fp8 = jax.jit(lambda values: quantize_rows(values, jnp.float8_e4m3fn))
 
 
 def quantized(values):
@@ -116,6 +117,27 @@ def test_rows_too_small_for_a_scale_are_zeros(largest):
 
 def test_the_smallest_rows_with_a_scale():
     check(np.array([[1.5e-36, -1e-36, 1e-38, 0]], np.float32))
+
+
+@pytest.mark.parametrize("magnitude", [1.0, 1e-30, 1e30])
+def test_rows_of_fp8_are_those_of_their_scaled_values(magnitude, rng):
+    """All 448 of a row's largest, and the nearest of fp8's numbers to each other value."""
+    values = (rng.standard_normal((3000, 16)) * magnitude).astype(np.float32)
+    values[:, 3] *= np.float32(1e-3)  # among fp8's subnormal numbers
+    values[7] = 0
+    rows, scales = map(np.asarray, jitted_fp8(jnp.asarray(values)))
+    assert (rows.dtype, scales.dtype) == (ml_dtypes.float8_e4m3fn, np.float32)
+    largest = np.abs(values).max(axis=-1)
+    np.testing.assert_array_equal(scales, largest * np.float32(1 / 448))
+    assert scales[7] == 0
+    wide = rows.astype(np.float64)
+    np.testing.assert_array_equal(np.abs(wide).max(axis=-1), np.where(largest == 0, 0, 448))
+    inverse = np.float32(1) / np.where(largest == 0, np.float32(1), scales)
+    scaled = values * inverse[:, None]
+    np.testing.assert_array_equal(rows.view(np.uint8), scaled.astype(rows.dtype).view(np.uint8))
+    # Three bits behind the leading one, or steps of 2^-9 where there is none.
+    error = np.abs(wide - scaled)
+    assert (error <= np.maximum(np.abs(scaled) * 2.0**-4, 2.0**-10)).all()
 
 
 def test_one_wrong_rounding_would_be_seen(rng):
