@@ -1,0 +1,171 @@
+"""The process that compiles: reads one job, leaves a report or an error in a file, and ends.
+
+A compiler may abort, or leave its process with a tenth of a gigabyte that nothing gives back, and
+its flags are read once, when it is loaded.
+"""
+
+import importlib
+import importlib.util
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
+
+from pallasite.pallas_kernels.compile import hlo, names
+from pallasite.pallas_kernels.compile.case import Case
+from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
+from pallasite.pallas_kernels.compile.llo import read_kernel
+from pallasite.pallas_kernels.compile.report import Kernel, Memory, Report
+from pallasite.pallas_kernels.target import Target, find_target
+
+_PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}
+_COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda13_plugin", "cuda")}
+"""The module that is a platform's compiler, and the extra of pallasite that installs it."""
+
+
+def main() -> None:
+    """Does the job that stands on the standard input."""
+    job = json.load(sys.stdin)
+    try:
+        result = {"report": _compile(job).to_json()}
+    except Exception as error:  # noqa: BLE001 - whatever it is, the process that waits tells of it
+        traceback.print_exc()
+        result = {"error": type(error).__name__, "message": str(error)}
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def _compile(job: dict[str, Any]) -> Report:
+    # A program out of the cache would leave no dumps.
+    jax.config.update("jax_enable_compilation_cache", False)
+    target, mode = find_target(job["target"]), job["mode"]
+    needs_compiler = target.platform == "tpu" or mode != "lower"
+    if needs_compiler and target.platform in _COMPILERS:
+        module, extra = _COMPILERS[target.platform]
+        if importlib.util.find_spec(module) is None:
+            raise MissingCompilerError(
+                f"got no compiler for {target.name} in {sys.executable}; install it with"
+                f" pip install 'pallasite[{extra}]'"
+            )
+    case = _case(job, target)
+    function = case.function
+    if not hasattr(function, "trace"):
+        function = jax.jit(function, donate_argnums=case.donated)
+    elif case.donated:
+        raise CompileError("got donated arguments beside a jitted function; have its jit donate")
+    platforms = (_PLATFORMS[target.platform],)
+    if needs_compiler:
+        mesh = _mesh(target, case.mesh)
+        arguments = _placed(case.arguments, mesh)
+        # Kernels read off it what they are compiled for.
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            traced = function.trace(*arguments)
+            lowered = traced.lower(lowering_platforms=platforms)
+    else:
+        traced = function.trace(*case.arguments)
+        lowered = traced.lower(lowering_platforms=platforms)
+    if mode == "lower":
+        return _report(job, target, kernels=_called(traced.jaxpr))
+    start = time.perf_counter()
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - start
+    text = compiled.as_text()
+    kernels = []
+    for name, instruction, vmem_bytes in hlo.tpu_kernels(text):
+        root = None
+        if mode == "analyze":
+            source = names.source_names(traced.jaxpr)
+            root = read_kernel(Path(job["dump"]), instruction, target.name, source)
+        kernels.append(Kernel(name=name, instruction=instruction, vmem_bytes=vmem_bytes, root=root))
+    return _report(job, target, compile_s, _memory(compiled), hlo.copies(text), tuple(kernels))
+
+
+def _report(
+    job: dict[str, Any],
+    target: Target,
+    compile_s: int | float = 0,
+    memory: Memory | None = None,
+    copies: tuple[hlo.Copy, ...] = (),
+    kernels: tuple[Kernel, ...] = (),
+) -> Report:
+    return Report(
+        function=job["function"],
+        target=target.name,
+        mode=job["mode"],
+        compile_s=compile_s,
+        memory=memory,
+        copies=copies,
+        kernels=kernels,
+    )
+
+
+def _case(job: dict[str, Any], target: Target) -> Case:
+    module_name, _, name = job["function"].partition(":")
+    try:
+        make = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError) as error:
+        raise CompileError(f"got no function {job['function']}: {error}") from error
+    case = make(target=target, **job["options"])
+    if not isinstance(case, Case):
+        raise CompileError(f"got {type(case).__name__} from {job['function']}; it must be a Case")
+    return case
+
+
+def _mesh(target: Target, wanted: AbstractMesh | None) -> Mesh:
+    names, sizes = (wanted.axis_names, wanted.axis_sizes) if wanted else (("x",), (1,))
+    num_devices = int(np.prod(sizes))
+    if target.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", num_devices)
+        devices = jax.devices("cpu")
+    elif not target.topology:
+        raise CompileError(f"got {target.name}, which is no one chip; name one, such as gpu:h100")
+    else:
+        devices = topologies.get_topology_desc(
+            platform="tpu", topology_name=target.topology
+        ).devices
+    if len(devices) < num_devices:
+        raise CompileError(
+            f"got a mesh of {num_devices} devices for {target.name}, which is compiled for"
+            f" {len(devices)}"
+        )
+    kinds = wanted.axis_types if wanted else None
+    return Mesh(np.array(devices[:num_devices]).reshape(sizes), names, axis_types=kinds)
+
+
+def _placed(arguments: Any, mesh: Mesh) -> Any:
+    def place(argument: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        sharding = argument.sharding
+        spec = sharding.spec if isinstance(sharding, NamedSharding) else PartitionSpec()
+        return jax.ShapeDtypeStruct(
+            argument.shape, argument.dtype, sharding=NamedSharding(mesh, spec)
+        )
+
+    return jax.tree.map(place, arguments)
+
+
+def _called(jaxpr: Any) -> tuple[Kernel, ...]:
+    return tuple(
+        Kernel(name=name, instruction=f"{name}.{index}")
+        for index, name in enumerate(names.kernel_names(jaxpr))
+    )
+
+
+def _memory(compiled: Any) -> Memory:
+    sizes = compiled.memory_analysis()
+    return Memory(
+        arguments=sizes.argument_size_in_bytes,
+        outputs=sizes.output_size_in_bytes,
+        temporaries=sizes.temp_size_in_bytes,
+        aliased=sizes.alias_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+    )
+
+
+if __name__ == "__main__":
+    main()

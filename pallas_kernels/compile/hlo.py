@@ -1,0 +1,65 @@
+"""What the text of a compiled program tells: its copies, and its kernels with their memory."""
+
+import re
+from dataclasses import dataclass
+from math import prod
+
+_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+_COPY = re.compile(r"%?([\w.-]+) = (.*?) copy(?:-start)?\(")
+_KERNEL = re.compile(r"%?([\w.-]+) = .*custom-call\(.*custom_call_target=\"(\w+|__gpu[\w$.]+)\"")
+_SCOPED = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
+_VMEM = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
+_OP_NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copy:
+    """A copy that XLA has put into the program.
+
+    Attributes:
+        name: the instruction's.
+        num_bytes: of the copied array, without the padding of its layout.
+        is_on_chip: whether it goes to memory on the chip, as prefetches do.
+    """
+
+    name: str
+    num_bytes: int
+    is_on_chip: bool
+
+
+def copies(text: str) -> tuple[Copy, ...]:
+    """Returns the copies of a program in its order, asynchronous ones too."""
+    found = []
+    for line in text.splitlines():
+        if (match := _COPY.search(line)) and (array := _ARRAY.search(match[2])):
+            sizes = [int(size) for size in array[2].split(",") if size]
+            num_bytes = -(-prod(sizes) * _bits(array[1]) // 8)
+            is_on_chip = bool(re.search(r"S\([1-9]\)", array[3] or ""))
+            found.append(Copy(name=match[1], num_bytes=num_bytes, is_on_chip=is_on_chip))
+    return tuple(found)
+
+
+def tpu_kernels(text: str) -> list[tuple[str, str, int]]:
+    """Returns name, instruction and bytes of VMEM of each Pallas call."""
+    found = []
+    for line in text.splitlines():
+        if (match := _KERNEL.search(line)) and match[2] == "tpu_custom_call":
+            scoped = _SCOPED.search(line)
+            sizes = [int(size) for size in _VMEM.findall(scoped[1])] if scoped else []
+            found.append((kernel_name(line, match[1]), match[1], sum(sizes)))
+    return found
+
+
+def kernel_name(line: str, instruction: str) -> str:
+    """Returns what the program calls the kernel, `name` of its `pallas_call`."""
+    op_name = _OP_NAME.search(line)
+    parts = op_name[1].split("/") if op_name else []
+    if len(parts) > 1 and parts[-1] == "pallas_call":
+        return parts[-2]
+    return re.sub(r"\.\d+$", "", instruction)
+
+
+def _bits(element_type: str) -> int:
+    """Returns the width of f32, s8, f8e4m3fn, pred and so on."""
+    digits = re.match(r"[a-z]+(\d+)", element_type)
+    return int(digits[1]) if digits else 8

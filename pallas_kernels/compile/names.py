@@ -1,0 +1,93 @@
+"""Which Python functions are the bodies of a program's loops and branches, and where they are."""
+
+import ast
+import os
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from pallasite.pallas_kernels.compile.llo import Place, SourceNames
+
+_JAX = os.path.dirname(jax.__file__) + os.sep
+_KINDS = {"scan": "loop", "while": "loop", "cond": "branch"}
+
+
+def source_names(jaxpr: Any) -> SourceNames:
+    """Returns the names of a traced function's parts, by the lines that its loops are made on."""
+    bodies: dict[tuple[Place, str], dict[str, None]] = {}
+    for equation in _equations(jaxpr):
+        kind = _KINDS.get(equation.primitive.name)
+        place = _place(equation) if kind else None
+        if kind and place:
+            of_place = bodies.setdefault((place, kind), {})
+            of_place.update(dict.fromkeys(_body_names(equation)))
+    return SourceNames(
+        bodies=lambda place, kind: tuple(bodies.get((place, kind), ())), function=_function
+    )
+
+
+def _equations(value: Any) -> Iterator[Any]:
+    """Yields all equations in a jaxpr, a parameter of one or a collection of such."""
+    if isinstance(value, tuple | list):
+        for item in value:
+            yield from _equations(item)
+    inner = getattr(value, "jaxpr", value)
+    for equation in getattr(inner, "eqns", ()):
+        yield equation
+        for parameter in equation.params.values():
+            yield from _equations(parameter)
+
+
+def _place(equation: Any) -> Place | None:
+    """Returns the innermost line outside JAX that made the equation."""
+    traceback = equation.source_info.traceback
+    for frame in traceback.frames if traceback else ():
+        if not frame.file_name.startswith(_JAX):
+            return Place(frame.file_name, frame.line_num)
+    return None
+
+
+def _body_names(equation: Any) -> list[str]:
+    params = equation.params
+    bodies = params.get("branches") or [params.get("body_jaxpr") or params.get("jaxpr")]
+    infos = [getattr(body, "jaxpr", body).debug_info for body in bodies]
+    # The other side of a `pl.when` is a function of JAX.
+    return [info.func_name for info in infos if f" at {_JAX}" not in info.func_src_info]
+
+
+def _function(place: Place) -> str | None:
+    functions = _functions(place.file)
+    within = [
+        (stop - start, name) for start, stop, name in functions if start <= place.line <= stop
+    ]
+    return min(within)[1] if within else None
+
+
+@cache
+def _functions(file: str) -> list[tuple[int, int, str]]:
+    """Returns first line, last line and name, names around it before its own, of each function."""
+    try:
+        tree = ast.parse(Path(file).read_text())
+    except (OSError, SyntaxError, ValueError):
+        return []
+    found: list[tuple[int, int, str]] = []
+
+    def visit(node: ast.AST, outer: str) -> None:
+        for child in ast.iter_child_nodes(node):
+            name = outer
+            if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                name = f"{outer}.{child.name}" if outer else child.name
+                if not isinstance(child, ast.ClassDef):
+                    found.append((child.lineno, child.end_lineno or child.lineno, name))
+            visit(child, name)
+
+    visit(tree, "")
+    return found
+
+
+def kernel_names(jaxpr: Any) -> list[str]:
+    """Returns the names of the Pallas calls of a traced function, in order."""
+    return [e.params["name"] for e in _equations(jaxpr) if e.primitive.name == "pallas_call"]
