@@ -1,0 +1,27 @@
+"""Paged attention on GPUs: three kernels of Pallas's Triton backend, one after the other."""
+
+from jaxtyping import Array, Float, Int
+
+from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.paged_attention.gpu_block import Inputs
+from pallasite.pallas_kernels.paged_attention.gpu_decode import attend_decode
+from pallasite.pallas_kernels.paged_attention.gpu_prefill import attend_prefill
+from pallasite.pallas_kernels.paged_attention.gpu_write import write
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_new: Float[Array, "T K 2 H"],
+    cache: PagedCache,
+    layer: Int[Array, ""],
+    ragged: Ragged,
+    config: AttentionConfig,
+    sinks: Float[Array, "N"] | None = None,
+) -> tuple[Float[Array, "T N H"], PagedCache]:
+    """See the op in the package."""
+    cache = write(kv_new, cache, layer, ragged, config)
+    inputs = Inputs.make(q, cache, layer, ragged, config, sinks)
+    out = attend_decode(inputs, config)
+    if q.shape[0] > ragged.kv_lens.shape[0]:
+        out = attend_prefill(inputs, out, config)
+    return out, cache

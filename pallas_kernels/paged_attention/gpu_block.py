@@ -1,0 +1,270 @@
+"""What the GPU kernels of paged attention share: reading blocks of the cache, and the softmax.
+
+The kernels are written for Triton, where a program works on small arrays whose sides are powers of
+two and addresses memory by arrays of indices under masks. A block is some consecutive cached tokens
+of one request and one key head; its tokens are looked up one by one in the page table, so a block
+may be smaller or larger than a page.
+
+Where the cache holds f32, products are f32 and exact. Where it holds 16 bits or 8, the queries and
+the weights of the softmax are rounded to bfloat16 for the tensor cores; int8 and fp8 values are
+exact in bfloat16, and their scales are applied in f32. Sums are f32 always.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plgpu
+
+from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.storage import decode
+
+NEVER = -1e30
+"""The top of no scores: finite, so that a difference of two of them is no NaN."""
+
+HIDES_NOTHING = jnp.iinfo(jnp.int32).max
+
+
+class Inputs(NamedTuple):
+    """What attention reads, in device memory; of a kernel, refs to it.
+
+    Attributes:
+        q: `[T, N, H]`.
+        values: the cache's, `[L, P, K, 2, page, H]`.
+        scales: the cache's, `[L, P, K, 2, page]`, or None.
+        layer: `[1]`.
+        windows: `[L]`, or None where no layer has one.
+        sinks: `[N]`, or None.
+        kv_lens: `[B]`.
+        query_starts: `[B + 1]`.
+        page_table: `[B, M]`.
+        num_requests: `[1]`.
+        num_decode: `[1]`.
+    """
+
+    q: Any
+    values: Any
+    scales: Any
+    layer: Any
+    windows: Any
+    sinks: Any
+    kv_lens: Any
+    query_starts: Any
+    page_table: Any
+    num_requests: Any
+    num_decode: Any
+
+    @classmethod
+    def make(
+        cls,
+        q: jax.Array,
+        cache: PagedCache,
+        layer: jax.Array,
+        ragged: Ragged,
+        config: AttentionConfig,
+        sinks: jax.Array | None,
+    ) -> "Inputs":
+        windows = None
+        if any(window is not None for window in config.windows):
+            windows = jnp.asarray(
+                [HIDES_NOTHING if window is None else window for window in config.windows],
+                jnp.int32,
+            )
+        return cls(
+            q=q,
+            values=cache.values,
+            scales=cache.scales,
+            layer=layer.reshape(1),
+            windows=windows,
+            sinks=sinks,
+            kv_lens=ragged.kv_lens,
+            query_starts=ragged.query_starts,
+            page_table=ragged.page_table,
+            num_requests=ragged.num_requests.reshape(1),
+            num_decode=ragged.num_decode.reshape(1),
+        )
+
+    @property
+    def heads_per_key(self) -> int:
+        return self.q.shape[1] // self.values.shape[2]
+
+    @property
+    def product_dtype(self) -> jnp.dtype:
+        """What is multiplied."""
+        held_in_full = self.values.dtype == jnp.float32
+        return jnp.dtype(jnp.float32 if held_in_full else jnp.bfloat16)
+
+    def first_visible(self, position: jax.Array) -> jax.Array:
+        """Returns the first position that a query at `position` sees; any shape."""
+        if self.windows is None:
+            return jnp.zeros_like(position)
+        window = self.windows[self.layer[0]]
+        return jnp.maximum(position - jnp.minimum(window, position + 1) + 1, 0)
+
+
+class Block(NamedTuple):
+    """Keys and values `[S, H]` of S cached tokens, in the type of products.
+
+    Attributes:
+        k_scales: `[S]`, what the keys' scores are multiplied by, or None.
+        v_scales: likewise the weights of the values.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    k_scales: jax.Array | None
+    v_scales: jax.Array | None
+
+
+class BlockReader(NamedTuple):
+    """Reads the cached tokens of one request and one key head.
+
+    Attributes:
+        row: the request's.
+        head: the key head.
+        num_tokens: S, of a block.
+    """
+
+    inputs: Inputs
+    row: jax.Array
+    head: jax.Array
+    num_tokens: int
+
+    def read(self, start: jax.Array, visible: jax.Array | None) -> Block:
+        """Reads the positions from `start` on; those not `visible` `[S]` come back as zeros.
+
+        What was never written may be NaN, and 0 * NaN is NaN: hence zeros, and not only no weight.
+        """
+        inputs = self.inputs
+        num_pages, _, _, page_size, width = inputs.values.shape[1:]
+        position = start + jnp.arange(self.num_tokens, dtype=jnp.int32)
+        page = load(inputs.page_table.at[self.row, position // page_size], visible)
+        # Of an id that is none the contract asks only that the cache's bounds are kept.
+        page = jnp.clip(page, 0, num_pages - 1)
+        slot = position % page_size
+
+        def rows(which: int) -> jax.Array:
+            column = jnp.arange(padded(width), dtype=jnp.int32)[None, :]
+            at = (inputs.layer[0], page[:, None], self.head, which, slot[:, None], column)
+            mask = both(None if visible is None else visible[:, None], within(column, width))
+            held = load(inputs.values.at[at], mask)
+            return decode(held).astype(inputs.product_dtype)
+
+        def scales(which: int) -> jax.Array | None:
+            if inputs.scales is None:
+                return None
+            at = (inputs.layer[0], page, self.head, which, slot)
+            return load(inputs.scales.at[at], visible)
+
+        return Block(rows(0), rows(1), scales(0), scales(1))
+
+
+class Softmax(NamedTuple):
+    """The online softmax of R queries (Milakov and Gimelshein 2018).
+
+    Attributes:
+        top: `[R]`, log2 of what all weights are divided by, the largest so far.
+        total: `[R]`, the sum of weights.
+        weighted: `[R, H]`, the sum of values by their weights.
+    """
+
+    top: jax.Array
+    total: jax.Array
+    weighted: jax.Array
+
+    @classmethod
+    def start(cls, num_queries: int, width: int) -> "Softmax":
+        return cls(
+            jnp.full((num_queries,), NEVER, jnp.float32),
+            jnp.zeros((num_queries,), jnp.float32),
+            jnp.zeros((num_queries, width), jnp.float32),
+        )
+
+    def add(
+        self, q: jax.Array, block: Block, visible: jax.Array | None, curve: "Curve"
+    ) -> "Softmax":
+        """Takes in a block, of which the queries `[R, H]` see what is `visible` `[R | 1, S]`."""
+        raw = dot(q, block.k, transposed=True)
+        if block.k_scales is not None:
+            raw = raw * block.k_scales[None, :]
+        raw = curve.raw(raw)
+        if visible is not None:
+            raw = jnp.where(visible, raw, -jnp.inf)
+        top = jnp.maximum(self.top, jnp.max(raw, axis=1) * curve.octaves)
+        # In this form a weight costs one fused multiply-add and one exp2.
+        weights = jnp.exp2(raw * curve.octaves - top[:, None])
+        shrink = jnp.exp2(self.top - top)
+        total = self.total * shrink + jnp.sum(weights, axis=1)
+        if block.v_scales is not None:
+            weights = weights * block.v_scales[None, :]
+        added = dot(weights.astype(block.v.dtype), block.v)
+        return Softmax(top, total, self.weighted * shrink[:, None] + added)
+
+    def result(self, sinks: jax.Array | None) -> jax.Array:
+        """Returns `[R, H]`; zeros for a query that saw nothing. Sinks `[R]` are logits."""
+        total, weighted = self.total, self.weighted
+        if sinks is not None:
+            sinks = sinks.astype(jnp.float32) * math.log2(math.e)
+            top = jnp.maximum(self.top, sinks)
+            shrink = jnp.exp2(self.top - top)
+            weighted = weighted * shrink[:, None]
+            total = total * shrink + jnp.exp2(sinks - top)
+        return weighted / jnp.where(total == 0.0, 1.0, total)[:, None]
+
+
+class Curve(NamedTuple):
+    """How a product of query and key becomes a weight: exp2(raw(product) * octaves).
+
+    Attributes:
+        inner: what products are multiplied by before tanh; None without soft cap.
+        octaves: weights double with each 1 / octaves of raw score. Above 0.
+    """
+
+    inner: float | None
+    octaves: float
+
+    @classmethod
+    def make(cls, config: AttentionConfig) -> "Curve":
+        if config.soft_cap is None:
+            return cls(None, config.scale * math.log2(math.e))
+        return cls(config.scale / config.soft_cap, config.soft_cap * math.log2(math.e))
+
+    def raw(self, products: jax.Array) -> jax.Array:
+        return products if self.inner is None else jnp.tanh(products * self.inner)
+
+
+def dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
+    """Multiplies `[R, n]` by `[n, c]`, or by the transpose of `[c, n]`; sums are f32."""
+    return jax.lax.dot_general(
+        a,
+        b,
+        (((1,), (1 if transposed else 0,)), ((), ())),
+        precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+def load(ref: Any, mask: jax.Array | None) -> jax.Array:
+    """Reads what a ref names, zeros where the mask says no."""
+    if mask is None:
+        return plgpu.load(ref)
+    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
+
+
+def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
+    """Returns where both masks say yes; None is yes everywhere."""
+    if a is None or b is None:
+        return b if a is None else a
+    return a & b
+
+
+def within(index: jax.Array, length: int) -> jax.Array | None:
+    """Returns which of an arange padded to a power of two are below length, None for all."""
+    return None if padded(length) == length else index < length
+
+
+def padded(length: int) -> int:
+    """Returns the least power of two that is a side of arrays to multiply: 16 or more."""
+    return max(16, pl.next_power_of_2(length))
