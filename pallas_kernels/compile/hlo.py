@@ -6,7 +6,7 @@ from math import prod
 
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COPY = re.compile(r"%?([\w.-]+) = (.*?) copy(?:-start)?\(")
-_KERNEL = re.compile(r"%?([\w.-]+) = .*custom-call\(.*custom_call_target=\"(\w+|__gpu[\w$.]+)\"")
+_KERNEL = re.compile(r"%?([\w.-]+) = .*? custom-call\(.*?custom_call_target=\"([\w$.]+)\"")
 _SCOPED = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
 _VMEM = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -30,7 +30,7 @@ class Copy:
 def copies(text: str) -> tuple[Copy, ...]:
     """Returns the copies of a program in its order, asynchronous ones too."""
     found = []
-    for line in text.splitlines():
+    for line in _instructions(text):
         if (match := _COPY.search(line)) and (array := _ARRAY.search(match[2])):
             sizes = [int(size) for size in array[2].split(",") if size]
             num_bytes = -(-prod(sizes) * _bits(array[1]) // 8)
@@ -42,7 +42,7 @@ def copies(text: str) -> tuple[Copy, ...]:
 def tpu_kernels(text: str) -> list[tuple[str, str, int]]:
     """Returns name, instruction and bytes of VMEM of each Pallas call."""
     found = []
-    for line in text.splitlines():
+    for line in _instructions(text):
         if (match := _KERNEL.search(line)) and match[2] == "tpu_custom_call":
             scoped = _SCOPED.search(line)
             sizes = [int(size) for size in _VMEM.findall(scoped[1])] if scoped else []
@@ -50,11 +50,16 @@ def tpu_kernels(text: str) -> list[tuple[str, str, int]]:
     return found
 
 
+def _instructions(text: str) -> list[str]:
+    """Returns a program's instructions; metadata of some have lines of their own."""
+    return re.split(r"^(?= +(?:ROOT )?%[\w.-]+ = )", text, flags=re.M)[1:]
+
+
 def kernel_name(line: str, instruction: str) -> str:
     """Returns what the program calls the kernel, `name` of its `pallas_call`."""
     op_name = _OP_NAME.search(line)
     parts = op_name[1].split("/") if op_name else []
-    if len(parts) > 1 and parts[-1] == "pallas_call":
+    if len(parts) > 1 and parts[-1] == "pallas_call" and "(" not in parts[-2]:
         return parts[-2]
     return re.sub(r"\.\d+$", "", instruction)
 

@@ -4,14 +4,15 @@ The text is libtpu's own (of version 0.0.42); nothing documents it. What is not 
 `AnalysisError`, so that a newer compiler's text is refused, not misread.
 """
 
+import collections
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from pallasite.pallas_kernels.compile.regions import Dma, Region, Work
+from pallasite.pallas_kernels.compile.scalars import Counter, Scalars
 
 
 class AnalysisError(Exception):
@@ -65,8 +66,9 @@ class _Span:
     start: int
     stop: int
     kind: Literal["kernel", "loop", "branch"]
+    branch: _Instruction
     trips: int | None = None
-    places: tuple[Place, ...] = ()
+    counter: Counter | None = None
     is_grid: bool = False
 
 
@@ -93,9 +95,11 @@ def read_kernel(folder: Path, instruction: str, target: str, names: SourceNames)
     if not bundles or len(uses) < len(bundles):
         raise AnalysisError(f"got {len(uses)} lines of slots for {len(bundles)} bundles")
     delayed = _MOST_DELAYED.get(target, 4)
-    spans = _spans(bundles, _trips(loops_text), delayed)
-    whole = _Span(0, len(bundles), "kernel")
-    return _Builder(bundles, uses, names).region(whole, spans, "", instruction)
+    scalars = Scalars(i.text for bundle in bundles for i in bundle.instructions)
+    spans = _spans(bundles, scalars, _trips(loops_text), delayed)
+    whole = _Span(0, len(bundles), "kernel", _Instruction("", ()))
+    builder = _Builder(bundles, uses, scalars, names)
+    return builder.region(whole, spans, "", instruction, None)
 
 
 def _dump(folder: Path, instruction: str, label: str) -> Path:
@@ -178,10 +182,11 @@ def _trips(text: str) -> dict[int, int]:
     return trips
 
 
-def _spans(bundles: list[_Bundle], trips: dict[int, int], delayed: int) -> list[_Span]:
+def _spans(
+    bundles: list[_Bundle], scalars: Scalars, trips: dict[int, int], delayed: int
+) -> list[_Span]:
     """Returns what branches repeat or skip, outer spans before those in them."""
     starts = {number: index for index, bundle in enumerate(bundles) for number in bundle.starts}
-    values = _values(bundles)
     spans = []
     for index, bundle in enumerate(bundles):
         for instruction in bundle.instructions:
@@ -191,44 +196,16 @@ def _spans(bundles: list[_Bundle], trips: dict[int, int], delayed: int) -> list[
             if number not in starts:
                 raise AnalysisError(f"got a branch to region {number}, which starts nowhere")
             target, after = starts[number], _after(bundles, index, delayed)
-            places = instruction.places
             if target <= index:
-                count = trips.get(number) or _count(values, instruction.text)
+                counter = scalars.counter(instruction.text)
+                count = len(counter.values) if counter else trips.get(number)
                 is_grid = bundles[target].is_grid
-                spans.append(_Span(target, after, "loop", count, places, is_grid))
+                spans.append(
+                    _Span(target, after, "loop", instruction, count, counter, is_grid=is_grid)
+                )
             elif after < target:
-                spans.append(_Span(after, target, "branch", None, places))
+                spans.append(_Span(after, target, "branch", instruction))
     return sorted(spans, key=lambda span: (span.start, -span.stop, span.kind))
-
-
-def _values(bundles: list[_Bundle]) -> dict[str, list[str]]:
-    """Returns what is assigned to each name, predicates of the assignments left out."""
-    values: dict[str, list[str]] = {}
-    for bundle in bundles:
-        for instruction in bundle.instructions:
-            name, equals, value = instruction.text.partition(" = ")
-            if equals:
-                values.setdefault(name, []).append(re.sub(r" \(!?%\w+\),?", "", value))
-    return values
-
-
-def _count(values: dict[str, list[str]], branch: str) -> int | None:
-    """Returns how often the loop that `branch` closes runs, where it counts up to a constant."""
-
-    def only(name: str, form: str) -> re.Match[str] | None:
-        found = values.get(name, ())
-        return re.fullmatch(form, found[0]) if len(found) == 1 else None
-
-    name = r"(%\w+)"
-    if not (exit_test := re.search(rf"sbr\.rel \(!{name}\)", branch)):
-        return None
-    limit = only(exit_test[1], rf"scmp\.ge\.s32\.totalorder {name}, (\d+)")
-    step = only(limit[1], rf"sadd\.s32 (\d+), {name}") if limit else None
-    first = only(step[2], rf"sphi {name}, {re.escape(limit[1])}") if limit and step else None
-    start = only(first[1], r"smov (\d+)") if first else None
-    if not (limit and step and start and int(step[1])):
-        return None
-    return max(-(-(int(limit[2]) - int(start[1])) // int(step[1])), 1)
 
 
 def _after(bundles: list[_Bundle], index: int, delayed: int) -> int:
@@ -246,11 +223,25 @@ def _after(bundles: list[_Bundle], index: int, delayed: int) -> int:
 class _Builder:
     bundles: list[_Bundle]
     uses: list[dict[str, int]]
+    scalars: Scalars
     names: SourceNames
 
-    def region(self, span: _Span, spans: list[_Span], path: str, name: str) -> Region:
-        """Returns the region of `span`, of which `spans` are all others that lie in it."""
-        parts, names, own = [], Counter[str](), set(range(span.start, span.stop))
+    def region(
+        self, span: _Span, spans: list[_Span], path: str, name: str, reached: Counter | None
+    ) -> Region:
+        """Returns the region of `span`, of which `spans` are all others that lie in it.
+
+        `reached` is for which counts of the innermost loop around it the region is reached.
+        """
+        share = None
+        if span.counter:
+            reached = span.counter
+        elif span.kind == "loop":
+            reached = None
+        elif reached and (taken := self._taken(span.branch.text, reached)) is not None:
+            share = len(taken.values) / max(len(reached.values), 1)
+            reached = taken
+        parts, names, own = [], collections.Counter[str](), set(range(span.start, span.stop))
         rest = spans
         while rest:
             first, rest = rest[0], rest[1:]
@@ -259,35 +250,44 @@ class _Builder:
             if any(other.stop > first.stop for other in inner):
                 raise AnalysisError(f"got branches that cross at bundle {first.start:#x}")
             if self._is_guard(first):
-                spans_left = [*inner, *rest]
-                rest = sorted(spans_left, key=lambda span: (span.start, -span.stop, span.kind))
+                # Sorted as they were: all of `inner` starts before `rest`.
+                rest = [*inner, *rest]
                 continue
             part = self._name(first)
             names[part] += 1
             part_name = part if names[part] == 1 else f"{part}#{names[part]}"
             part_path = f"{path}/{part_name}" if path else part_name
-            parts.append(self.region(first, inner, part_path, part))
+            parts.append(self.region(first, inner, part_path, part, reached))
             own -= set(range(first.start, first.stop))
         return Region(
             path=path,
             name=name,
             kind=span.kind,
             trips=span.trips,
+            share=share,
             own=self._work(sorted(own)),
             functions=self._functions(sorted(own)),
             parts=tuple(parts),
         )
 
+    def _taken(self, branch: str, reached: Counter) -> Counter | None:
+        """Returns for which counts of the loop `branch` does not skip; None where others decide."""
+        skipped = [self.scalars.is_skipped(branch, reached, value) for value in reached.values]
+        if None in skipped:
+            return None
+        pairs = zip(reached.values, skipped, strict=True)
+        return Counter(reached.name, [value for value, is_skipped in pairs if not is_skipped])
+
     def _is_guard(self, span: _Span) -> bool:
         """Whether the branch only skips a loop that runs no time."""
-        places = span.places if span.kind == "branch" else ()
+        places = span.branch.places if span.kind == "branch" else ()
         kinds = [(self.names.bodies(p, "branch"), self.names.bodies(p, "loop")) for p in places]
         return any(loops and not branches for branches, loops in kinds)
 
     def _name(self, span: _Span) -> str:
         if span.is_grid:
             return "grid"
-        for place in span.places:
+        for place in span.branch.places:
             bodies = self.names.bodies(place, span.kind)
             if len(bodies) == 1:
                 return bodies[0]
@@ -298,7 +298,7 @@ class _Builder:
         return "loop" if span.kind == "loop" else "if"
 
     def _functions(self, indices: Iterable[int]) -> dict[str, int]:
-        counts = Counter(
+        counts = collections.Counter(
             function
             for index in indices
             for instruction in self.bundles[index].instructions
@@ -308,11 +308,11 @@ class _Builder:
         return dict(counts)
 
     def _work(self, indices: list[int]) -> Work:
-        slots = Counter[str]()
+        slots = collections.Counter[str]()
         for index in indices:
             slots.update(self.uses[index])
         fills, spills = slots.pop("VLOAD:FILL", 0), slots.pop("VSTORE:SPILL", 0)
-        dmas = Counter(
+        dmas = collections.Counter(
             dma
             for index in indices
             for instruction in self.bundles[index].instructions

@@ -12,6 +12,8 @@ import jax
 from pallasite.pallas_kernels.compile.llo import Place, SourceNames
 
 _JAX = os.path.dirname(jax.__file__) + os.sep
+_OPS = os.path.join(_JAX, "experimental", "pallas", "ops", "")
+"""Kernels that come with JAX."""
 _KINDS = {"scan": "loop", "while": "loop", "cond": "branch"}
 
 
@@ -45,7 +47,7 @@ def _place(equation: Any) -> Place | None:
     """Returns the innermost line outside JAX that made the equation."""
     traceback = equation.source_info.traceback
     for frame in traceback.frames if traceback else ():
-        if not frame.file_name.startswith(_JAX):
+        if not _is_library(frame.file_name):
             return Place(frame.file_name, frame.line_num)
     return None
 
@@ -55,7 +57,13 @@ def _body_names(equation: Any) -> list[str]:
     bodies = params.get("branches") or [params.get("body_jaxpr") or params.get("jaxpr")]
     infos = [getattr(body, "jaxpr", body).debug_info for body in bodies]
     # The other side of a `pl.when` is a function of JAX.
-    return [info.func_name for info in infos if f" at {_JAX}" not in info.func_src_info]
+    files = [info.func_src_info.partition(" at ")[2].rpartition(":")[0] for info in infos]
+    pairs = zip(infos, files, strict=True)
+    return [info.func_name for info, file in pairs if not _is_library(file)]
+
+
+def _is_library(file: str) -> bool:
+    return file.startswith(_JAX) and not file.startswith(_OPS)
 
 
 def _function(place: Place) -> str | None:

@@ -101,6 +101,8 @@ class Region:
         kind: what repeats or skips it.
         trips: of a loop, how often it runs, where the program says so. The loop over a grid of n
             steps has n + 2 where the compiler overlaps copies with work.
+        share: of a branch, how often it is taken each time it is reached, where that depends on
+            a known count alone; None where it does not.
         own: its instructions without those of `parts`, for one pass.
         functions: instructions by the Python function that they were written in, without those of
             `parts`. What a function calls is counted for the callee.
@@ -111,6 +113,7 @@ class Region:
     name: str
     kind: Literal["kernel", "loop", "branch"]
     trips: int | None
+    share: Number | None
     own: Work
     functions: dict[str, int]
     parts: "tuple[Region, ...]" = ()
@@ -154,8 +157,8 @@ class Region:
         """Returns the work of one pass through this region and all in it.
 
         `trips` says by path or name how often a loop runs each time it is reached, or which share
-        of the times a branch is taken. A name stands for all regions of that name. Loops whose
-        count the program says need none; a branch without a share counts as always taken.
+        of the times a branch is taken. A name stands for all regions of that name. What the
+        program says needs none; a branch of whose share neither says counts as always taken.
 
         Raises ValueError for a loop whose count nobody says, and for a name of no region.
         """
@@ -180,7 +183,7 @@ def _weight(region: Region, given: dict[str, Number]) -> Number:
         if key in given:
             return given[key]
     if region.kind == "branch":
-        return 1
+        return 1 if region.share is None else region.share
     if region.trips is None:
         raise ValueError(f"got no trip count for the loop {region.path!r}; the program says none")
     return region.trips

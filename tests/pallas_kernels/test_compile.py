@@ -47,3 +47,20 @@ def test_work_is_weighted_by_trip_counts(ragged):
 
 def test_a_report_survives_as_json(ragged):
     assert Report.from_json(ragged.to_json()) == ragged
+
+
+@pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e", "tpu:v7x"])
+def test_the_loop_over_a_grid_runs_its_kernel_as_often_as_there_are_steps(target):
+    kernel = compile_for(f"{CASES}:matmul", target, mode="analyze").kernel("matmul")
+    grid, body = kernel.find("grid"), kernel.find("_matmul_kernel")
+    assert grid.trips == 32 + 2
+    assert body.share == pytest.approx(32 / 34)
+    assert kernel.find("clear").path == f"{body.path}/clear"
+    # Two windows of [256, 512] and one of [256, 256], twice each, and the accumulator in f32; some
+    # compilers count 76 KiB of their own.
+    needed = 2 * (2 * 256 * 512 * 2 + 256 * 256 * 2) + 256 * 256 * 4
+    assert needed <= kernel.vmem_bytes <= needed + 76 * 2**10
+    # Each step has 256 x 512 x 256 multiplications; clear and store are at 1 of 4 steps each.
+    share = {"clear": 1 / 4, "store": 1 / 4}
+    assert kernel.weighted(share).slots["MXU"] == pytest.approx(32 * body.own.slots["MXU"])
+    assert kernel.weighted(share).bundles < kernel.weighted().bundles
