@@ -30,6 +30,10 @@ class Target:
         hbm_bytes_per_s: its bandwidth.
         vmem_bytes: of a TPU, on-chip memory that kernels address; of a GPU, shared memory of a
             multiprocessor.
+        multiprocessors: of a GPU.
+        l2_bytes: of a GPU, its second-level cache.
+        clock_hz: of a GPU, the fastest clock of its multiprocessors.
+        compute_capability: of a GPU, what its instructions are versioned by.
         topology: what a compiler without the device is told to compile for.
         device_kinds: what JAX calls its devices.
     """
@@ -47,6 +51,10 @@ class Target:
     hbm_bytes: int | None = None
     hbm_bytes_per_s: float | None = None
     vmem_bytes: int | None = None
+    multiprocessors: int | None = None
+    l2_bytes: int | None = None
+    clock_hz: float | None = None
+    compute_capability: str = ""
     topology: str = ""
     device_kinds: tuple[str, ...] = ()
 
@@ -136,6 +144,10 @@ H100 = Target(
     hbm_bytes=80 * _GB,
     hbm_bytes_per_s=3.35e12,
     vmem_bytes=228 * _KIB,
+    multiprocessors=132,
+    l2_bytes=50 * _MIB,
+    clock_hz=1.98e9,
+    compute_capability="9.0",
     topology="h100",
     device_kinds=("NVIDIA H100 80GB HBM3", "NVIDIA H100"),
 )
@@ -150,6 +162,10 @@ H200 = Target(
     hbm_bytes=141 * _GB,
     hbm_bytes_per_s=4.8e12,
     vmem_bytes=228 * _KIB,
+    multiprocessors=132,
+    l2_bytes=50 * _MIB,
+    clock_hz=1.98e9,
+    compute_capability="9.0",
     topology="h200",
     device_kinds=("NVIDIA H200",),
 )
@@ -164,6 +180,10 @@ B200 = Target(
     hbm_bytes=180 * _GB,
     hbm_bytes_per_s=8e12,
     vmem_bytes=228 * _KIB,
+    multiprocessors=148,
+    l2_bytes=126 * _MIB,
+    clock_hz=1.965e9,
+    compute_capability="10.0",
     topology="b200",
     device_kinds=("NVIDIA B200",),
 )

@@ -11,10 +11,11 @@ compiler has made, "static" figures: bundles are cycles without any stall, so a 
 
 from pallasite.pallas_kernels.compile.case import Case
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
+from pallasite.pallas_kernels.compile.gpu import GpuUse
 from pallasite.pallas_kernels.compile.hlo import Copy
 from pallasite.pallas_kernels.compile.process import Process, compile_for
 from pallasite.pallas_kernels.compile.regions import Dma, Region, Work
-from pallasite.pallas_kernels.compile.report import GpuUse, Kernel, Memory, Report
+from pallasite.pallas_kernels.compile.report import Kernel, Memory, Report
 
 __all__ = [
     "Case",

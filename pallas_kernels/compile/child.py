@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pallasite.pallas_kernels.compile import hlo, names
+from pallasite.pallas_kernels.compile import gpu, hlo, names
 from pallasite.pallas_kernels.compile.case import Case
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
 from pallasite.pallas_kernels.compile.llo import read_kernel
@@ -76,14 +76,27 @@ def _compile(job: dict[str, Any]) -> Report:
     compiled = lowered.compile()
     compile_s = time.perf_counter() - start
     text = compiled.as_text()
-    kernels = []
-    for name, instruction, vmem_bytes in hlo.tpu_kernels(text):
-        root = None
-        if mode == "analyze":
-            source = names.source_names(traced.jaxpr)
-            root = read_kernel(Path(job["dump"]), instruction, target.name, source)
-        kernels.append(Kernel(name=name, instruction=instruction, vmem_bytes=vmem_bytes, root=root))
-    return _report(job, target, compile_s, _memory(compiled), hlo.copies(text), tuple(kernels))
+    kernels = _kernels(job, target, text, traced.jaxpr)
+    return _report(job, target, compile_s, _memory(compiled), hlo.copies(text), kernels)
+
+
+def _kernels(job: dict[str, Any], target: Target, text: str, jaxpr: Any) -> tuple[Kernel, ...]:
+    dump, is_analyzed = Path(job["dump"]), job["mode"] == "analyze"
+    if target.platform == "gpu" and is_analyzed:
+        found = gpu.read_kernels(dump, names.kernel_names(jaxpr))
+        return tuple(Kernel(name=n, instruction=entry, gpu=use) for n, entry, use in found)
+    if target.platform != "tpu":
+        return _called(jaxpr)
+    source = names.source_names(jaxpr)
+    return tuple(
+        Kernel(
+            name=name,
+            instruction=instruction,
+            vmem_bytes=vmem_bytes,
+            root=read_kernel(dump, instruction, target.name, source) if is_analyzed else None,
+        )
+        for name, instruction, vmem_bytes in hlo.tpu_kernels(text)
+    )
 
 
 def _report(
@@ -125,6 +138,14 @@ def _mesh(target: Target, wanted: AbstractMesh | None) -> Mesh:
         devices = jax.devices("cpu")
     elif not target.topology:
         raise CompileError(f"got {target.name}, which is no one chip; name one, such as gpu:h100")
+    elif target.platform == "gpu":
+        devices = topologies.get_topology_desc(
+            platform="cuda",
+            topology_name=target.topology,
+            # So many devices of one process.
+            topology=f"1x1x{num_devices}",
+            target_config=gpu.target_config(target),
+        ).devices
     else:
         devices = topologies.get_topology_desc(
             platform="tpu", topology_name=target.topology

@@ -141,12 +141,19 @@ def _environment(target: Target, mode: Mode, dump: Path) -> dict[str, str]:
                     "--xla_mosaic_enable_llo_source_annotations=true",
                 )
             )
+    if target.platform == "gpu":
+        flags["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
+        if mode == "analyze":
+            flags["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_dump_to={dump}"
     return flags
 
 
 def useful_lines(text: str, num_lines: int = 12) -> str:
-    """Returns the lines of a compiler's message that a reader can use, each of them cut."""
+    """Returns the lines of a compiler's message that a reader can use.
+
+    Long ones are whole instructions of a program, with what is the matter before or after them.
+    """
     text = re.sub(r'"body":"[^"]*"', '"body":"..."', text)
     lines = [line.rstrip() for line in text.splitlines() if line.strip()]
-    kept = [line if len(line) <= 300 else line[:297] + "..." for line in lines]
-    return "\n".join(kept[:num_lines])
+    kept = [x if len(x) <= 500 else f"{x[:200]} ... {x[-300:]}" for x in lines[:num_lines]]
+    return "\n".join(kept)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal, Union
 
+from pallasite.pallas_kernels.compile.gpu import GpuUse
 from pallasite.pallas_kernels.compile.hlo import Copy
 from pallasite.pallas_kernels.compile.regions import Number, Region, Work
 
@@ -33,34 +34,15 @@ class Memory:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GpuUse:
-    """What a GPU kernel takes.
-
-    Attributes:
-        registers: of each thread.
-        spill_stores: bytes that each thread writes for want of registers.
-        spill_loads: bytes that it reads back.
-        shared_bytes: shared memory of a block.
-        threads: of a block.
-    """
-
-    registers: int
-    spill_stores: int
-    spill_loads: int
-    shared_bytes: int
-    threads: int
-
-
-@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One Pallas call of the program.
 
     Attributes:
         name: `name` of the `pallas_call`, or its function's.
-        instruction: what XLA calls it; unlike the name, no other call has it.
+        instruction: what XLA calls it; unlike the name, no other kernel has it.
         vmem_bytes: of a TPU, on-chip memory that it reserves: scratch and windows of its inputs
             and outputs, with as many buffers as they have.
-        gpu: of a GPU, what it takes; None where it was not compiled.
+        gpu: of a GPU, what it takes, where that was asked for. Only Triton's kernels are known.
         root: its regions, where they were asked for.
     """
 
@@ -100,7 +82,7 @@ class Report:
         compile_s: seconds of XLA's and the kernels' compilers, after lowering; 0 with "lower".
         memory: None with "lower".
         copies: those that XLA has put in; none are known with "lower".
-        kernels: its Pallas calls.
+        kernels: its Pallas calls; analyzed for a GPU, those of Triton, equal ones once.
     """
 
     function: str

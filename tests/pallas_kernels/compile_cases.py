@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.experimental.pallas import triton
 
 from pallasite.pallas_kernels.compile import Case
 from pallasite.pallas_kernels.target import Target
@@ -20,15 +21,17 @@ def _matmul_kernel(x_ref, y_ref, o_ref, acc_ref):
     def clear():
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
-    acc_ref[...] += jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+    rows = pl.ds(0, 256)
+    acc_ref[rows] += jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
 
     @pl.when(step == pl.num_programs(2) - 1)
     def store():
-        o_ref[...] = acc_ref[...].astype(o_ref.dtype)
+        o_ref[...] = acc_ref[rows].astype(o_ref.dtype)
 
 
-def matmul(target: Target, block: int = 256) -> Case:
-    """A product of [1024, 2048] with [2048, 512]: 4 x 2 x 4 steps for blocks of 256."""
+def matmul(target: Target, acc_rows: int = 256) -> Case:
+    """A product of [1024, 2048] with [2048, 512] in 4 x 2 x 4 steps; 256 rows of sums suffice."""
+    block = 256
 
     def function(x, y):
         return pl.pallas_call(
@@ -41,7 +44,7 @@ def matmul(target: Target, block: int = 256) -> Case:
             ],
             out_specs=pl.BlockSpec((block, block), lambda i, j, k: (i, j)),
             out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16),
-            scratch_shapes=[pltpu.VMEM((block, block), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((acc_rows, block), jnp.float32)],
         )(x, y)
 
     x = jax.ShapeDtypeStruct((1024, 2048), jnp.bfloat16)
@@ -103,3 +106,73 @@ def ragged(target: Target) -> Case:
         )(num, x)
 
     return Case(function, (jax.ShapeDtypeStruct((1,), jnp.int32), _float32(5000, 128, 256)))
+
+
+def _product_kernel(x_ref, y_ref, o_ref):
+    product = jnp.dot(x_ref[...], y_ref[...], preferred_element_type=jnp.float32)
+    o_ref[...] = product.astype(o_ref.dtype)
+
+
+def product(target: Target, block: int = 64, num_warps: int = 4) -> Case:
+    """A product of [1024, 128] with [128, 512] by Triton."""
+
+    def function(x, y):
+        return pl.pallas_call(
+            _product_kernel,
+            name="my-product",
+            grid=(1024 // block, 512 // block),
+            in_specs=[
+                pl.BlockSpec((block, 128), lambda i, j: (i, 0)),
+                pl.BlockSpec((128, block), lambda i, j: (0, j)),
+            ],
+            out_specs=pl.BlockSpec((block, block), lambda i, j: (i, j)),
+            out_shape=jax.ShapeDtypeStruct((1024, 512), jnp.bfloat16),
+            compiler_params=triton.CompilerParams(num_warps=num_warps, num_stages=2),
+        )(x, y)
+
+    x = jax.ShapeDtypeStruct((1024, 128), jnp.bfloat16)
+    y = jax.ShapeDtypeStruct((128, 512), jnp.bfloat16)
+    return Case(function, (x, y))
+
+
+def _crowded_kernel(x_ref, o_ref):
+    def crowd(i, carry):
+        x = [x_ref[i, j] for j in range(128)]
+        sums = [x[0]]
+        for value in x[1:]:
+            sums.append(sums[-1] * 0.5 + value)
+        # Each is needed once more, in the other order.
+        total = sums[-1]
+        for value in reversed(sums[:-1]):
+            total = total * 0.5 + value
+        o_ref[i] = total
+        return carry
+
+    jax.lax.fori_loop(0, 8, crowd, 0)
+
+
+def crowded(target: Target) -> Case:
+    """128 vectors that live at once."""
+
+    def function(x):
+        return pl.pallas_call(_crowded_kernel, name="crowded", out_shape=_float32(8, 8, 128))(x)
+
+    return Case(function, (_float32(8, 128, 8, 128),))
+
+
+def update(target: Target, is_donated: bool) -> Case:
+    """Adds to one row of [4096, 1024]."""
+
+    def function(cache, index):
+        return cache.at[index].add(1.0)
+
+    arguments = (_float32(4096, 1024), jax.ShapeDtypeStruct((), jnp.int32))
+    return Case(function, arguments, donated=(0,) if is_donated else ())
+
+
+def sums(target: Target, num_devices: int = 1) -> Case:
+    """Sums columns of [1024, 1024], whose rows are shared out."""
+    mesh = jax.sharding.AbstractMesh((num_devices,), ("data",))
+    sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding)
+    return Case(lambda x: x.sum(axis=0), (x,), mesh=mesh)

@@ -4,17 +4,30 @@ import importlib.util
 
 import pytest
 
-from pallasite.pallas_kernels.compile import Report, compile_for
+from pallasite.pallas_kernels.compile import (
+    CompileError,
+    MissingCompilerError,
+    Process,
+    Report,
+    compile_for,
+)
 
 CASES = "tests.pallas_kernels.compile_cases"
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the TPU's compiler, libtpu"
+needs_tpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs the TPU's compiler: pip install 'pallasite[tpu]'",
+)
+needs_gpu_compiler = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the GPU's compiler, of 4.4 GB: pip install 'pallasite[cuda]'",
 )
 
 
 @pytest.fixture(scope="module")
 def ragged() -> Report:
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("needs the TPU's compiler: pip install 'pallasite[tpu]'")
     return compile_for(f"{CASES}:ragged", "tpu:v6e", mode="analyze")
 
 
@@ -49,6 +62,7 @@ def test_a_report_survives_as_json(ragged):
     assert Report.from_json(ragged.to_json()) == ragged
 
 
+@needs_tpu_compiler
 @pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v6e", "tpu:v7x"])
 def test_the_loop_over_a_grid_runs_its_kernel_as_often_as_there_are_steps(target):
     kernel = compile_for(f"{CASES}:matmul", target, mode="analyze").kernel("matmul")
@@ -64,3 +78,100 @@ def test_the_loop_over_a_grid_runs_its_kernel_as_often_as_there_are_steps(target
     share = {"clear": 1 / 4, "store": 1 / 4}
     assert kernel.weighted(share).slots["MXU"] == pytest.approx(32 * body.own.slots["MXU"])
     assert kernel.weighted(share).bundles < kernel.weighted().bundles
+
+
+@needs_tpu_compiler
+def test_registers_that_do_not_suffice_are_counted_as_spills_and_fills():
+    kernel = compile_for(f"{CASES}:crowded", "tpu:v6e", mode="analyze").kernel("crowded")
+    own = kernel.find("crowd").own
+    # Of 128 vectors that live at once the 64 registers hold half, at most.
+    assert own.spills >= 64
+    assert own.fills >= own.spills
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(
+    ("target", "words"),
+    [
+        ("tpu:v6e", r"(?s)memory space vmem.* exceeded scoped vmem limit by"),
+        ("tpu:v7x", r"Allocation \(size=71680000\) would exceed memory"),
+    ],
+)
+def test_more_vmem_than_there_is_is_an_error_with_the_compilers_words(target, words):
+    with pytest.raises(CompileError, match=words) as raised:
+        compile_for(f"{CASES}:matmul", target, {"acc_rows": 70_000})
+    assert len(str(raised.value)) < 2000
+
+
+@needs_tpu_compiler
+@pytest.mark.parametrize(("is_donated", "num_copies"), [(True, 0), (False, 1)])
+def test_a_cache_that_is_not_donated_is_copied_once(is_donated, num_copies):
+    report = compile_for(f"{CASES}:update", "tpu:v6e", {"is_donated": is_donated})
+    num_bytes = 4096 * 1024 * 4
+    assert report.memory.aliased == (num_bytes if is_donated else 0)
+    assert report.memory.arguments - num_bytes < 2**20
+    assert report.num_copies(num_bytes) == num_copies
+    assert report.num_copies(num_bytes + 1) == 0
+
+
+@needs_tpu_compiler
+def test_a_mesh_has_a_part_of_each_argument_on_each_device():
+    report = compile_for(f"{CASES}:sums", "tpu:v6e", {"num_devices": 4})
+    assert report.memory.arguments == 1024 * 1024 * 4 // 4
+
+
+def test_a_case_compiles_for_the_cpu():
+    report = compile_for(f"{CASES}:sums", "cpu", {"num_devices": 2})
+    assert report.memory.arguments == 1024 * 1024 * 4 // 2
+
+
+def test_what_cannot_be_made_says_why():
+    with pytest.raises(CompileError, match=r"compile_cases:nothing: .*no attribute 'nothing'"):
+        compile_for(f"{CASES}:nothing", "cpu")
+    with pytest.raises(CompileError, match="unexpected keyword argument 'size'"):
+        compile_for(f"{CASES}:sums", "cpu", {"size": 3})
+    with pytest.raises(ValueError, match="got the target 'tpu:v9'"):
+        compile_for(f"{CASES}:sums", "tpu:v9")
+
+
+def test_a_process_that_takes_too_long_is_ended():
+    with pytest.raises(CompileError, match=r"more than 0\.1 s"):
+        compile_for(f"{CASES}:sums", "cpu", process=Process(timeout_s=0.1))
+
+
+@pytest.mark.parametrize("target", ["gpu:h100", "gpu:b200"])
+def test_a_triton_kernel_is_lowered_without_a_gpus_compiler(target):
+    report = compile_for(f"{CASES}:product", target, mode="lower")
+    assert [kernel.name for kernel in report.kernels] == ["my-product"]
+    assert report.memory is None
+    with pytest.raises(CompileError, match="Unsupported memory space: vmem"):
+        compile_for(f"{CASES}:matmul", target, mode="lower")
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is not None, reason="the compiler is installed"
+)
+def test_a_missing_compiler_is_an_error_that_names_the_extra():
+    with pytest.raises(MissingCompilerError, match=r"pip install 'pallasite\[cuda\]'"):
+        compile_for(f"{CASES}:product", "gpu:h100")
+
+
+@needs_gpu_compiler
+@pytest.mark.parametrize("target", ["gpu:h100", "gpu:h200", "gpu:b200"])
+def test_a_gpu_kernel_tells_registers_and_shared_memory(target):
+    report = compile_for(f"{CASES}:product", target, mode="analyze")
+    assert report.memory.outputs == 1024 * 512 * 2
+    use = report.kernel("my-product").gpu
+    assert use.threads == 4 * 32
+    assert 32 <= use.registers <= 128
+    assert use.spill_stores == use.spill_loads == 0
+    # A block of x and one of y.
+    assert use.shared_bytes == pytest.approx(2 * 64 * 128 * 2, rel=0.01)
+
+
+@needs_gpu_compiler
+def test_a_gpu_kernel_that_lacks_registers_tells_its_spills():
+    options = {"block": 128, "num_warps": 1}
+    use = compile_for(f"{CASES}:product", "gpu:h100", options, "analyze").kernel("my-product").gpu
+    assert use.registers == 255
+    assert 0 < use.spill_stores <= use.spill_loads
