@@ -10,6 +10,7 @@ import json
 import sys
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,15 +89,14 @@ def _kernels(job: dict[str, Any], target: Target, text: str, jaxpr: Any) -> tupl
     if target.platform != "tpu":
         return _called(jaxpr)
     source = names.source_names(jaxpr)
-    return tuple(
-        Kernel(
-            name=name,
-            instruction=instruction,
-            vmem_bytes=vmem_bytes,
-            root=read_kernel(dump, instruction, target.name, source) if is_analyzed else None,
-        )
-        for name, instruction, vmem_bytes in hlo.tpu_kernels(text)
-    )
+    kernels = []
+    for name, instruction, vmem_bytes in hlo.tpu_kernels(text):
+        kernel = Kernel(name=name, instruction=instruction, vmem_bytes=vmem_bytes)
+        if is_analyzed:
+            root, capacity = read_kernel(dump, instruction, target.name, source)
+            kernel = replace(kernel, root=root, capacity=capacity)
+        kernels.append(kernel)
+    return tuple(kernels)
 
 
 def _report(

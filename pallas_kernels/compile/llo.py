@@ -77,13 +77,16 @@ _START = re.compile(r"Start(?:/End empty)? region (\d+)")
 _BRANCH = re.compile(r"= sbr\.rel .*target = \$region(\d+)")
 _DMA = re.compile(r"= dma\.(?!done)(\w+) .*")
 _SIZE = re.compile(r"size_in_granules=(%?\w+)")
+_FILLS, _SPILLS = "VLOAD:FILL", "VSTORE:SPILL"
 _GRANULE = 32
 _MOST_DELAYED = {"tpu:v7x": 6}
 """Bundles after a branch that are still executed: 4, on v7x up to 6."""
 
 
-def read_kernel(folder: Path, instruction: str, target: str, names: SourceNames) -> Region:
-    """Returns the tree of the kernel that XLA calls `instruction`.
+def read_kernel(
+    folder: Path, instruction: str, target: str, names: SourceNames
+) -> tuple[Region, dict[str, int]]:
+    """Returns the regions of the kernel that XLA calls `instruction`, and what a bundle can hold.
 
     Raises AnalysisError where its dumps are missing or not understood.
     """
@@ -91,7 +94,7 @@ def read_kernel(folder: Path, instruction: str, target: str, names: SourceNames)
     uses_text = _dump(folder, instruction, "final_hlo-static-per-bundle-utilization").read_text()
     loops_text = _dump(folder, instruction, "pre-finalize-registers-and-allocations").read_text()
     bundles = _bundles(bundles_text)
-    uses = _uses(uses_text)
+    capacity, *uses = _uses(uses_text)
     if not bundles or len(uses) < len(bundles):
         raise AnalysisError(f"got {len(uses)} lines of slots for {len(bundles)} bundles")
     delayed = _MOST_DELAYED.get(target, 4)
@@ -99,7 +102,8 @@ def read_kernel(folder: Path, instruction: str, target: str, names: SourceNames)
     spans = _spans(bundles, scalars, _trips(loops_text), delayed)
     whole = _Span(0, len(bundles), "kernel", _Instruction("", ()))
     builder = _Builder(bundles, uses, scalars, names)
-    return builder.region(whole, spans, "", instruction, None)
+    del capacity[_FILLS], capacity[_SPILLS]
+    return builder.region(whole, spans, "", instruction, None), capacity
 
 
 def _dump(folder: Path, instruction: str, label: str) -> Path:
@@ -157,13 +161,17 @@ def _instruction(text: str, comment: str) -> _Instruction:
 
 
 def _uses(text: str) -> list[dict[str, int]]:
+    """Returns how many instructions a bundle can hold for each unit, then how many each does."""
     lines = text.splitlines()
     try:
         names = lines[1].replace(" ", "").split(",")
-        rows = [[int(word) for word in line.split()] for line in lines[4:] if line.strip()]
+        rows = [[int(word) for word in line.split()] for line in (lines[2], *lines[4:])]
+        uses = [dict(zip(names, row, strict=True)) for row in rows if row]
     except (IndexError, ValueError) as error:
         raise AnalysisError(f"got a table of slots that cannot be read: {error}") from error
-    return [dict(zip(names, row, strict=True)) for row in rows]
+    if not uses or not {_FILLS, _SPILLS} < uses[0].keys():
+        raise AnalysisError(f"got a table of the slots {', '.join(names)}")
+    return uses
 
 
 def _trips(text: str) -> dict[int, int]:
@@ -311,7 +319,7 @@ class _Builder:
         slots = collections.Counter[str]()
         for index in indices:
             slots.update(self.uses[index])
-        fills, spills = slots.pop("VLOAD:FILL", 0), slots.pop("VSTORE:SPILL", 0)
+        fills, spills = slots.pop(_FILLS, 0), slots.pop(_SPILLS, 0)
         dmas = collections.Counter(
             dma
             for index in indices

@@ -31,6 +31,8 @@ class Dma:
 class Work:
     """Instructions of a region, or of several, weighted.
 
+    One that a predicate may suppress counts as if it were executed, copies too.
+
     Attributes:
         bundles: instruction words.
         slots: instructions by unit: MXU, XLU, VALU, VPOP, EUP, VLOAD, VSTORE, SALU.

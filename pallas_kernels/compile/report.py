@@ -4,7 +4,7 @@ import json
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, Union
 
 from pallasite.pallas_kernels.compile.gpu import GpuUse
@@ -44,6 +44,7 @@ class Kernel:
             and outputs, with as many buffers as they have.
         gpu: of a GPU, what it takes, where that was asked for. Only Triton's kernels are known.
         root: its regions, where they were asked for.
+        capacity: with them, how many instructions for each unit one bundle can hold.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Kernel:
     vmem_bytes: int | None = None
     gpu: GpuUse | None = None
     root: Region | None = None
+    capacity: dict[str, int] = field(default_factory=dict)
 
     @property
     def regions(self) -> tuple[Region, ...]:
@@ -64,6 +66,11 @@ class Kernel:
     def weighted(self, trips: Mapping[str, Number] | None = None) -> Work:
         """Returns the work of one call, see `Region.weighted`."""
         return self._root().weighted(trips)
+
+    def use(self, work: Work) -> dict[str, float]:
+        """Returns of each unit which share of its slots in these bundles is taken."""
+        bundles = max(work.bundles, 1)
+        return {n: work.slots.get(n, 0) / (bundles * c) for n, c in self.capacity.items()}
 
     def _root(self) -> Region:
         if self.root is None:
@@ -120,7 +127,7 @@ class Report:
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
-        return {field.name: _plain(getattr(value, field.name)) for field in fields(value)}
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     return [_plain(item) for item in value] if isinstance(value, tuple) else value
 
 

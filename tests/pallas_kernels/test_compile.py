@@ -173,5 +173,4 @@ def test_a_gpu_kernel_tells_registers_and_shared_memory(target):
 def test_a_gpu_kernel_that_lacks_registers_tells_its_spills():
     options = {"block": 128, "num_warps": 1}
     use = compile_for(f"{CASES}:product", "gpu:h100", options, "analyze").kernel("my-product").gpu
-    assert use.registers == 255
     assert 0 < use.spill_stores <= use.spill_loads
