@@ -16,7 +16,8 @@ class Case:
         arguments: trees of `jax.ShapeDtypeStruct`, one for each positional argument. On a mesh
             their shardings are of `mesh`; those without one are whole on each device.
         donated: the positions of arguments whose memory outputs may take.
-        mesh: axes and sizes of the devices; None for one device.
+        mesh: axes and sizes of the devices; None for one device. While the function is traced it
+            is the mesh of the context, which a `shard_map` in it takes where it names none.
     """
 
     function: Callable[..., Any]

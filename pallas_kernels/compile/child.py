@@ -22,7 +22,7 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from pallasite.pallas_kernels.compile import gpu, hlo, names
 from pallasite.pallas_kernels.compile.case import Case
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
-from pallasite.pallas_kernels.compile.llo import read_kernel
+from pallasite.pallas_kernels.compile.llo import has_dump, read_kernel
 from pallasite.pallas_kernels.compile.report import Kernel, Memory, Report
 from pallasite.pallas_kernels.target import Target, find_target
 
@@ -89,12 +89,17 @@ def _kernels(job: dict[str, Any], target: Target, text: str, jaxpr: Any) -> tupl
     if target.platform != "tpu":
         return _called(jaxpr)
     source = names.source_names(jaxpr)
+    calls = hlo.tpu_calls(text)
+    compiled = {}
+    if is_analyzed:
+        compiled = {c.code: c.instruction for c in calls if has_dump(dump, c.instruction)}
     kernels = []
-    for name, instruction, vmem_bytes in hlo.tpu_kernels(text):
-        kernel = Kernel(name=name, instruction=instruction, vmem_bytes=vmem_bytes)
+    for call in calls:
+        kernel = Kernel(name=call.name, instruction=call.instruction, vmem_bytes=call.vmem_bytes)
         if is_analyzed:
+            instruction = compiled.get(call.code, call.instruction)
             root, capacity = read_kernel(dump, instruction, target.name, source)
-            kernel = replace(kernel, root=root, capacity=capacity)
+            kernel = replace(kernel, root=replace(root, name=call.name), capacity=capacity)
         kernels.append(kernel)
     return tuple(kernels)
 

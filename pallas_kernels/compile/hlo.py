@@ -7,6 +7,7 @@ from math import prod
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COPY = re.compile(r"%?([\w.-]+) = (.*?) copy(?:-start)?\(")
 _KERNEL = re.compile(r"%?([\w.-]+) = .*? custom-call\(.*?custom_call_target=\"([\w$.]+)\"")
+_FORM = re.compile(r" +(?:ROOT )?%([\w.-]+) = (\(.*?\)|\S+) ")
 _SCOPED = re.compile(r'"used_scoped_memory_configs":\[([^\]]*)\]')
 _VMEM = re.compile(r'"memory_space":"1","offset":"\d+","size":"(\d+)"')
 _OP_NAME = re.compile(r'op_name="([^"]*)"')
@@ -39,14 +40,43 @@ def copies(text: str) -> tuple[Copy, ...]:
     return tuple(found)
 
 
-def tpu_kernels(text: str) -> list[tuple[str, str, int]]:
-    """Returns name, instruction and bytes of VMEM of each Pallas call."""
+@dataclass(frozen=True, kw_only=True)
+class TpuCall:
+    """A Pallas call in a program for a TPU.
+
+    Attributes:
+        name: what the program calls the kernel, `name` of its `pallas_call`.
+        instruction: what XLA calls it.
+        vmem_bytes: what it reserves.
+        code: the kernel and where its operands and results lie; XLA compiles equal ones once.
+    """
+
+    name: str
+    instruction: str
+    vmem_bytes: int
+    code: str
+
+
+def tpu_calls(text: str) -> list[TpuCall]:
+    """Returns the Pallas calls of a program in its order."""
+    lines = _instructions(text)
+    forms = {match[1]: match[2] for line in lines if (match := _FORM.match(line))}
     found = []
-    for line in _instructions(text):
+    for line in lines:
         if (match := _KERNEL.search(line)) and match[2] == "tpu_custom_call":
             scoped = _SCOPED.search(line)
             sizes = [int(size) for size in _VMEM.findall(scoped[1])] if scoped else []
-            found.append((kernel_name(line, match[1]), match[1], sum(sizes)))
+            called = line.partition(" custom-call(")[2].partition(")")[0]
+            body = re.search(r'"body":"([^"]*)"', line)
+            parts = [forms.get(name) for name in (match[1], *re.findall(r"%([\w.-]+)", called))]
+            found.append(
+                TpuCall(
+                    name=kernel_name(line, match[1]),
+                    instruction=match[1],
+                    vmem_bytes=sum(sizes),
+                    code=f"{parts} {body and body[1]}",
+                )
+            )
     return found
 
 

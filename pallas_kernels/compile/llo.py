@@ -83,6 +83,11 @@ _MOST_DELAYED = {"tpu:v7x": 6}
 """Bundles after a branch that are still executed: 4, on v7x up to 6."""
 
 
+def has_dump(folder: Path, instruction: str) -> bool:
+    """Whether the kernel that XLA calls `instruction` was compiled, not taken from an equal one."""
+    return bool(_dumps(folder, instruction, "final_bundles"))
+
+
 def read_kernel(
     folder: Path, instruction: str, target: str, names: SourceNames
 ) -> tuple[Region, dict[str, int]]:
@@ -101,17 +106,21 @@ def read_kernel(
     scalars = Scalars(i.text for bundle in bundles for i in bundle.instructions)
     spans = _spans(bundles, scalars, _trips(loops_text), delayed)
     whole = _Span(0, len(bundles), "kernel", _Instruction("", ()))
-    builder = _Builder(bundles, uses, scalars, names)
+    builder = _Builder(bundles, uses, scalars, spans, names)
     del capacity[_FILLS], capacity[_SPILLS]
     return builder.region(whole, spans, "", instruction, None), capacity
 
 
 def _dump(folder: Path, instruction: str, label: str) -> Path:
-    pattern = re.compile(rf"\d+-{re.escape(instruction)}-\d+-{re.escape(label)}\.txt")
-    found = [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
+    found = _dumps(folder, instruction, label)
     if not found:
         raise AnalysisError(f"got no dump {label} of the kernel {instruction}")
     return found[-1]
+
+
+def _dumps(folder: Path, instruction: str, label: str) -> list[Path]:
+    pattern = re.compile(rf"\d+-{re.escape(instruction)}-\d+-{re.escape(label)}\.txt")
+    return [path for path in sorted(folder.iterdir()) if pattern.fullmatch(path.name)]
 
 
 def _bundles(text: str) -> list[_Bundle]:
@@ -201,9 +210,8 @@ def _spans(
             if not (match := _BRANCH.search(instruction.text)):
                 continue
             number = int(match[1])
-            if number not in starts:
-                raise AnalysisError(f"got a branch to region {number}, which starts nowhere")
-            target, after = starts[number], _after(bundles, index, delayed)
+            # What is not there is empty, after the last bundle.
+            target, after = starts.get(number, len(bundles)), _after(bundles, index, delayed)
             if target <= index:
                 counter = scalars.counter(instruction.text)
                 count = len(counter.values) if counter else trips.get(number)
@@ -232,6 +240,7 @@ class _Builder:
     bundles: list[_Bundle]
     uses: list[dict[str, int]]
     scalars: Scalars
+    spans: list[_Span]
     names: SourceNames
 
     def region(
@@ -299,11 +308,19 @@ class _Builder:
             bodies = self.names.bodies(place, span.kind)
             if len(bodies) == 1:
                 return bodies[0]
-            inside = self._functions(range(span.start, span.stop))
-            counts = {b: sum(n for f, n in inside.items() if b in f.split(".")) for b in bodies}
-            if counts and max(counts.values()):
-                return max(counts, key=lambda body: counts[body])
+            # Of several branches it is the one that has the most of its instructions here.
+            rivals = [other for other in self.spans if other.branch.places == span.branch.places]
+            shares = {
+                body: self._count(span, body) / max(sum(self._count(o, body) for o in rivals), 1)
+                for body in bodies
+            }
+            if shares and max(shares.values()):
+                return max(shares, key=lambda body: shares[body])
         return "loop" if span.kind == "loop" else "if"
+
+    def _count(self, span: _Span, body: str) -> int:
+        functions = self._functions(range(span.start, span.stop))
+        return sum(count for name, count in functions.items() if body in name.split("."))
 
     def _functions(self, indices: Iterable[int]) -> dict[str, int]:
         counts = collections.Counter(

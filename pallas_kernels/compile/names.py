@@ -45,21 +45,38 @@ def _equations(value: Any) -> Iterator[Any]:
 
 def _place(equation: Any) -> Place | None:
     """Returns the innermost line outside JAX that made the equation."""
-    traceback = equation.source_info.traceback
-    for frame in traceback.frames if traceback else ():
-        if not _is_library(frame.file_name):
-            return Place(frame.file_name, frame.line_num)
-    return None
+    frames = _frames_around(equation)
+    return Place(frames[-1].file_name, frames[-1].line_num) if frames else None
 
 
 def _body_names(equation: Any) -> list[str]:
     params = equation.params
     bodies = params.get("branches") or [params.get("body_jaxpr") or params.get("jaxpr")]
-    infos = [getattr(body, "jaxpr", body).debug_info for body in bodies]
-    # The other side of a `pl.when` is a function of JAX.
-    files = [info.func_src_info.partition(" at ")[2].rpartition(":")[0] for info in infos]
-    pairs = zip(infos, files, strict=True)
-    return [info.func_name for info, file in pairs if not _is_library(file)]
+    return [name for body in bodies if (name := _body_name(equation, body))]
+
+
+def _body_name(equation: Any, body: Any) -> str | None:
+    """Returns the name of a body's function; None where JAX made the body alone."""
+    info = getattr(body, "jaxpr", body).debug_info
+    if not _is_library(info.func_src_info.partition(" at ")[2].rpartition(":")[0]):
+        return info.func_name
+    # JAX has wrapped a function, as `pl.loop` does. It is the first that is called in the body.
+    around = [(frame.function_name, frame.line_num) for frame in _frames_around(equation)]
+    for inner in _equations(body):
+        frames = _frames_around(inner)
+        called = [(frame.function_name, frame.line_num) for frame in frames]
+        if called[: len(around)] == around:
+            called = called[len(around) :]
+        if called:
+            return called[0][0].rpartition(".")[2]
+    return None
+
+
+def _frames_around(equation: Any) -> list[Any]:
+    """Returns the frames outside JAX that the equation was made in, outermost first."""
+    traceback = equation.source_info.traceback
+    frames = traceback.frames if traceback else ()
+    return [frame for frame in reversed(frames) if not _is_library(frame.file_name)]
 
 
 def _is_library(file: str) -> bool:

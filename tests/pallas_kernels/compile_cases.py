@@ -176,3 +176,45 @@ def sums(target: Target, num_devices: int = 1) -> Case:
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
     x = jax.ShapeDtypeStruct((1024, 1024), jnp.float32, sharding=sharding)
     return Case(lambda x: x.sum(axis=0), (x,), mesh=mesh)
+
+
+def _branching_kernel(x_ref, o_ref):
+    def outer(i, carry):
+        def large():
+            o_ref[...] += jnp.exp(x_ref[...])
+
+        def small():
+            o_ref[...] += jnp.dot(x_ref[...], x_ref[...])
+
+        jax.lax.cond(x_ref[0, 0] > jnp.float32(1), large, small)
+
+        @pl.loop(0, 12, step=3)
+        def stepped(j):
+            o_ref[pl.ds(j * 8, 8)] += jnp.float32(1)
+
+        return carry
+
+    jax.lax.fori_loop(0, 6, outer, 0)
+
+
+def branching(target: Target) -> Case:
+    """Two branches of one condition and a loop that `pl.loop` makes, in a loop; called twice."""
+
+    def function(x, y):
+        call = pl.pallas_call(_branching_kernel, name="branching", out_shape=_float32(128, 128))
+        return call(x), call(y)
+
+    return Case(function, (_float32(128, 128), _float32(128, 128)))
+
+
+def sharded_matmul(target: Target) -> Case:
+    """`matmul` on each of 4 devices, over which the rows are shared out."""
+    mesh = jax.sharding.AbstractMesh((4,), ("data",))
+    by_rows, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    case = matmul(target)
+    function = jax.shard_map(
+        case.function, in_specs=(by_rows, whole), out_specs=by_rows, check_vma=False
+    )
+    sharding = jax.sharding.NamedSharding(mesh, by_rows)
+    x = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16, sharding=sharding)
+    return Case(function, (x, case.arguments[1]), mesh=mesh)

@@ -115,9 +115,29 @@ def test_a_cache_that_is_not_donated_is_copied_once(is_donated, num_copies):
 
 
 @needs_tpu_compiler
+def test_branches_and_wrapped_loops_have_the_names_of_their_functions():
+    report = compile_for(f"{CASES}:branching", "tpu:v6e", mode="analyze")
+    # XLA compiles equal kernels once; each call has its regions.
+    assert [kernel.name for kernel in report.kernels] == ["branching", "branching"]
+    for instruction in ("branching.2", "branching.3"):
+        kernel = report.kernel(instruction)
+        assert kernel.find("outer").trips == 6
+        assert kernel.find("stepped").trips == 4
+        assert kernel.find("large").own.slots["EUP"] >= 16
+        assert kernel.find("large").own.slots["MXU"] == 0
+        assert kernel.find("small").own.slots["MXU"] >= 16
+        assert kernel.find("small").own.slots["EUP"] == 0
+        large = kernel.weighted({"large": 1, "small": 0})
+        assert large.slots["EUP"] == 6 * kernel.find("large").own.slots["EUP"]
+    with pytest.raises(ValueError, match=r"2 kernels; there are branching\.2, branching\.3"):
+        report.kernel("branching")
+
+
+@needs_tpu_compiler
 def test_a_mesh_has_a_part_of_each_argument_on_each_device():
-    report = compile_for(f"{CASES}:sums", "tpu:v6e", {"num_devices": 4})
-    assert report.memory.arguments == 1024 * 1024 * 4 // 4
+    report = compile_for(f"{CASES}:sharded_matmul", "tpu:v6e")
+    assert report.memory.arguments == (1024 * 2048 + 2048 * 512) * 2
+    assert [kernel.name for kernel in report.kernels] == ["matmul"]
 
 
 def test_a_case_compiles_for_the_cpu():
