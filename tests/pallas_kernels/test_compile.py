@@ -123,12 +123,15 @@ def test_branches_and_wrapped_loops_have_the_names_of_their_functions():
         kernel = report.kernel(instruction)
         assert kernel.find("outer").trips == 6
         assert kernel.find("stepped").trips == 4
-        assert kernel.find("large").own.slots["EUP"] >= 16
-        assert kernel.find("large").own.slots["MXU"] == 0
-        assert kernel.find("small").own.slots["MXU"] >= 16
-        assert kernel.find("small").own.slots["EUP"] == 0
-        large = kernel.weighted({"large": 1, "small": 0})
-        assert large.slots["EUP"] == 6 * kernel.find("large").own.slots["EUP"]
+        large, small = kernel.find("large").own, kernel.find("small").own
+        # 16 exponentials, of which the compiler may begin some before the branch.
+        assert large.slots["EUP"] >= 8
+        assert large.slots["MXU"] == 0
+        assert small.slots["MXU"] >= 16
+        assert small.slots["EUP"] == 0
+        always = kernel.weighted({"large": 1, "small": 0})
+        never = kernel.weighted({"large": 0, "small": 0})
+        assert always.slots["EUP"] - never.slots["EUP"] == 6 * large.slots["EUP"]
     with pytest.raises(ValueError, match=r"2 kernels; there are branching\.2, branching\.3"):
         report.kernel("branching")
 
