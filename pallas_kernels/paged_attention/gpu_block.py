@@ -96,6 +96,11 @@ class Inputs(NamedTuple):
         held_in_full = self.values.dtype == jnp.float32
         return jnp.dtype(jnp.float32 if held_in_full else jnp.bfloat16)
 
+    def queries(self, at: tuple[Any, ...], mask: jax.Array | None, curve: "Curve") -> jax.Array:
+        """Reads queries `[R, H]`, ready for products."""
+        q = load(self.q.at[at], mask).astype(jnp.float32) * curve.factor
+        return q.astype(self.product_dtype)
+
     def first_visible(self, position: jax.Array) -> jax.Array:
         """Returns the first position that a query at `position` sees; any shape."""
         if self.windows is None:
@@ -140,9 +145,13 @@ class BlockReader(NamedTuple):
         inputs = self.inputs
         num_pages, _, _, page_size, width = inputs.values.shape[1:]
         position = start + jnp.arange(self.num_tokens, dtype=jnp.int32)
-        page = load(inputs.page_table.at[self.row, position // page_size], visible)
-        # Of an id that is none the contract asks only that the cache's bounds are kept.
-        page = jnp.clip(page, 0, num_pages - 1)
+        if page_size % self.num_tokens == 0:
+            page = inputs.page_table[self.row, start // page_size]
+            page = jnp.full_like(position, jnp.clip(page, 0, num_pages - 1))
+        else:
+            page = load(inputs.page_table.at[self.row, position // page_size], visible)
+            # Of an id that is none the contract asks only that the cache's bounds are kept.
+            page = jnp.clip(page, 0, num_pages - 1)
         slot = position % page_size
 
         def rows(which: int) -> jax.Array:
@@ -165,7 +174,7 @@ class Softmax(NamedTuple):
     """The online softmax of R queries (Milakov and Gimelshein 2018).
 
     Attributes:
-        top: `[R]`, log2 of what all weights are divided by, the largest so far.
+        top: `[R]`, the largest score so far, which all weights are divided by; as log2.
         total: `[R]`, the sum of weights.
         weighted: `[R, H]`, the sum of values by their weights.
     """
@@ -185,16 +194,19 @@ class Softmax(NamedTuple):
     def add(
         self, q: jax.Array, block: Block, visible: jax.Array | None, curve: "Curve"
     ) -> "Softmax":
-        """Takes in a block, of which the queries `[R, H]` see what is `visible` `[R | 1, S]`."""
-        raw = dot(q, block.k, transposed=True)
+        """Takes in a block, of which queries `[R, H]` see what is `visible` `[R | 1, S]`.
+
+        The queries are what `Inputs.queries` returns.
+        """
+        scores = dot(q, block.k, transposed=True)
         if block.k_scales is not None:
-            raw = raw * block.k_scales[None, :]
-        raw = curve.raw(raw)
+            scores = scores * block.k_scales[None, :]
+        if curve.cap is not None:
+            scores = jnp.tanh(scores) * curve.cap
         if visible is not None:
-            raw = jnp.where(visible, raw, -jnp.inf)
-        top = jnp.maximum(self.top, jnp.max(raw, axis=1) * curve.octaves)
-        # In this form a weight costs one fused multiply-add and one exp2.
-        weights = jnp.exp2(raw * curve.octaves - top[:, None])
+            scores = jnp.where(visible, scores, -jnp.inf)
+        top = jnp.maximum(self.top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - top[:, None])
         shrink = jnp.exp2(self.top - top)
         total = self.total * shrink + jnp.sum(weights, axis=1)
         if block.v_scales is not None:
@@ -215,24 +227,22 @@ class Softmax(NamedTuple):
 
 
 class Curve(NamedTuple):
-    """How a product of query and key becomes a weight: exp2(raw(product) * octaves).
+    """How a product of query and key becomes log2 of a weight.
 
     Attributes:
-        inner: what products are multiplied by before tanh; None without soft cap.
-        octaves: weights double with each 1 / octaves of raw score. Above 0.
+        factor: what queries are multiplied by, in f32 and before they are rounded.
+        cap: scores are cap * tanh(product); None where they are the product.
     """
 
-    inner: float | None
-    octaves: float
+    factor: float
+    cap: float | None
 
     @classmethod
     def make(cls, config: AttentionConfig) -> "Curve":
+        log2_e = math.log2(math.e)
         if config.soft_cap is None:
-            return cls(None, config.scale * math.log2(math.e))
-        return cls(config.scale / config.soft_cap, config.soft_cap * math.log2(math.e))
-
-    def raw(self, products: jax.Array) -> jax.Array:
-        return products if self.inner is None else jnp.tanh(products * self.inner)
+            return cls(config.scale * log2_e, None)
+        return cls(config.scale / config.soft_cap, config.soft_cap * log2_e)
 
 
 def dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:

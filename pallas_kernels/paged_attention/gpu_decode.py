@@ -63,6 +63,8 @@ class _Plan(NamedTuple):
         num_queries: rows of a program's products, a power of two.
         num_tiles: how many programs share the queries of a key head.
         fills_rest: whether rows without a decoding request are to be zeros.
+        num_warps: of a program.
+        num_stages: how far loads run ahead of products, plus one.
     """
 
     block_tokens: int
@@ -70,19 +72,21 @@ class _Plan(NamedTuple):
     num_queries: int
     num_tiles: int
     fills_rest: bool
+    num_warps: int = 4
+    num_stages: int = 5
 
     @classmethod
     def make(cls, inputs: Inputs) -> "_Plan":
         num_tokens = inputs.q.shape[0]
         num_rows, num_columns = inputs.page_table.shape
-        num_key_heads, page_size, width = (inputs.values.shape[axis] for axis in (2, 4, 5))
+        num_key_heads, page_size = inputs.values.shape[2], inputs.values.shape[4]
         num_queries = min(padded(inputs.heads_per_key), MAX_QUERIES)
         num_tiles = pl.cdiv(inputs.heads_per_key, num_queries)
         fills_chip = pl.cdiv(WANTED_PROGRAMS, num_rows * num_key_heads * num_tiles)
         # A few at least, since one request may be far longer than the others.
         wanted = min(max(fills_chip, 4), MAX_SPLITS)
         return cls(
-            block_tokens=32 if inputs.product_dtype == jnp.float32 or width > 128 else 64,
+            block_tokens=32,
             num_splits=min(wanted, pl.cdiv(num_columns * page_size, SPLIT_TOKENS)),
             num_queries=num_queries,
             num_tiles=num_tiles,
@@ -123,7 +127,7 @@ def attend_decode(inputs: Inputs, config: AttentionConfig) -> Float[Array, "T N 
         partial(_attend, plan=plan, curve=Curve.make(config)),
         out_shape=out if is_whole else partials,
         grid=(num_key_heads * plan.num_tiles, plan.num_splits, num_rows),
-        compiler_params=plgpu.CompilerParams(num_warps=4, num_stages=3),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
         interpret=config.interpret,
         name="paged_attention_decode",
     )(inputs)
@@ -158,7 +162,7 @@ def _attend(inputs: Inputs, *outputs: Any, plan: _Plan, curve: Curve) -> None:
     mask = both(is_query[:, None], within(column, width))
 
     def attend() -> Softmax:
-        q = load(inputs.q.at[row, query[:, None], column], mask).astype(inputs.product_dtype)
+        q = inputs.queries((row, query[:, None], column), mask, curve)
         reader = BlockReader(inputs, row, head, plan.block_tokens)
         kv_len = decoded_len(inputs, row)
         first_visible = inputs.first_visible(kv_len - 1)

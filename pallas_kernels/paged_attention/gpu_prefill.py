@@ -35,12 +35,14 @@ class _Plan(NamedTuple):
         num_rows: of a program's products, a power of two: queries by heads.
         num_heads: query heads of a program.
         num_warps: of a program.
+        num_stages: how far loads run ahead of products, plus one.
     """
 
     block_tokens: int
     num_rows: int
     num_heads: int
     num_warps: int
+    num_stages: int = 2
 
     @classmethod
     def make(cls, inputs: Inputs) -> "_Plan":
@@ -91,7 +93,7 @@ def attend_prefill(
         out_shape=jax.ShapeDtypeStruct(out.shape, out.dtype),
         grid=(num_key_heads * head_tiles, num_tiles),
         input_output_aliases={len(jax.tree.leaves(inputs)): 0},
-        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=2),
+        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=plan.num_stages),
         interpret=config.interpret,
         name="paged_attention_prefill",
     )(inputs, out)
@@ -119,7 +121,7 @@ def _attend(inputs: Inputs, before: Any, out_ref: Any, *, plan: _Plan, curve: Cu
         mask = both(is_query[:, None], within(column, width))
         query = head * inputs.heads_per_key + group
         at = ((tile.start + offset)[:, None], query[:, None], column)
-        q = load(inputs.q.at[at], mask).astype(inputs.product_dtype)
+        q = inputs.queries(at, mask, curve)
         reader = BlockReader(inputs, tile.row, head, plan.block_tokens)
         softmax = _attend_blocks(q, tile.position + offset, tile, reader, plan, curve)
         sinks = None if inputs.sinks is None else load(inputs.sinks.at[query], is_query)

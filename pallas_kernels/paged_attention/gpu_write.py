@@ -48,7 +48,7 @@ def write(
     if cache.scales is None:
         rows, row_scales = encode(kv_new, cache.values.dtype), None
     else:
-        rows, row_scales = quantize_rows(kv_new)
+        rows, row_scales = quantize_rows(kv_new, cache.values.dtype)
     num_tokens, num_key_heads, _, width = kv_new.shape
     inputs = _Inputs(
         rows=rows,
