@@ -1,12 +1,23 @@
 """Compiles a function for a device that is not there, and tells what it needs.
 
+A module of yours says what to compile:
+
+    def case(target, num_rows):
+        x = jax.ShapeDtypeStruct((num_rows, 128), jnp.float32)
+        return Case(my_function, (x,))
+
+Another process imports it, compiles the case and reports:
+
     report = compile_for("my.module:case", "tpu:v6e", {"num_rows": 64}, "analyze")
     report.memory.temporaries, report.num_copies(2**20)
     kernel = report.kernel("my_kernel")
-    work = kernel.weighted({"body": 12, "last": 1 / 12})
+    work = kernel.weighted({"loop_body": 12, "last_step": 1 / 12})
+    work.bundles, work.fills, kernel.use(work)["MXU"]
 
-where `case(target, num_rows)` in `my.module` returns a `Case`. Figures of kernels count what the
-compiler has made, "static" figures: bundles are cycles without any stall, so a lower bound.
+So does `python -m pallasite.pallas_kernels.compile my.module:case --target tpu:v6e --option
+num_rows=64 --analyze`. Figures are "static", read off the compiler: bundles are cycles without any
+stall, a lower bound. XLA may move small arguments to memory on the chip before a kernel, so give a
+case the sizes that it will have.
 """
 
 from pallasite.pallas_kernels.compile.case import Case

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
 from pallasite.pallas_kernels.compile.report import Mode, Report
@@ -47,10 +47,14 @@ def compile_for(
     "analyze" the report has the regions of a TPU's kernels and the registers of a GPU's; with
     "lower" nothing is compiled, and a GPU's compiler need not be installed.
 
-    Raises CompileError where the case cannot be made or compiled, or takes too long, and
-    MissingCompilerError where the compiler is not installed.
+    Raises CompileError where the case cannot be made or compiled, or takes too long,
+    MissingCompilerError where the compiler is not installed, and ValueError for a target or mode
+    that there is not.
     """
     target = find_target(target) if isinstance(target, str) else target
+    modes = [mode for mode in get_args(Mode) if mode != "analyze" or target.platform != "cpu"]
+    if mode not in modes:
+        raise ValueError(f"got the mode {mode!r} for {target.name}; known are {', '.join(modes)}")
     with ExitStack() as stack:
         if process.keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory("pallasite-compile")))

@@ -2,7 +2,8 @@
 
 A bundle is one instruction word of the core: what its slots hold is issued in one cycle, unless
 the core stalls. Figures here count bundles, so they are a lower bound of cycles: waits for DMAs,
-for results of the matrix and transcendental units and for memory banks are not included.
+for results of the matrix and transcendental units and for memory banks are not included. On a
+v7x one empty bundle may stand for several cycles in which nothing is issued, after a branch mostly.
 """
 
 from collections.abc import Iterator, Mapping

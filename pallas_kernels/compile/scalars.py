@@ -12,7 +12,7 @@ _COMPARED = {
     "eq": lambda a, b: a == b,
     "ne": lambda a, b: a != b,
 }
-_MOST_TRIPS = 100_000
+_MOST_TRIPS = 20_000
 
 
 @dataclass(frozen=True)
