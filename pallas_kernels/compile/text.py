@@ -73,8 +73,12 @@ def _row(kernel: Kernel, region: Region) -> list[str]:
         times = "?" if region.trips is None else f"{region.trips:,}"
     elif region.kind == "branch":
         times = "0-1" if region.share is None else f"{region.share:.3g}"
+    name = region.name
+    if name in ("if", "loop") and region.functions:
+        # What the compiler made of itself is known by what it holds.
+        name += f" ({max(region.functions, key=lambda f: region.functions[f])})"
     return [
-        "  " * region.depth + region.name,
+        "  " * region.depth + name,
         times,
         f"{work.bundles:,}",
         *(f"{use[unit]:.0%}" for unit in _UNITS),
