@@ -7,7 +7,7 @@ MODEL ?= smollm2-135m
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench models parity reliability proto wheel-check clean
+.PHONY: demo serve test lint types bench models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -52,6 +52,10 @@ reliability: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
 	$(BIN)/python -m pytest tests/reliability --full --timeout 7200 -s
 
+# No GPU is needed, but its compiler is, of 4.4 GB; it has an environment of its own.
+compile-gpu: .venv/test.stamp build/cuda/made.stamp
+	$(BIN)/python -m tests.pallas_kernels.gpu_registers build/cuda/venv/bin/python
+
 proto: .venv/test.stamp
 	rm -rf build/proto && mkdir -p build/proto
 	$(BIN)/python -m grpc_tools.protoc -Ipallasite/proto=proto --python_out=build/proto \
@@ -88,4 +92,10 @@ build/parity/made.stamp: .venv/made.stamp pyproject.toml
 	mkdir -p build/parity
 	$(BIN)/python -m venv build/parity/venv
 	build/parity/venv/bin/python -m pip install --disable-pip-version-check -e '.[parity]'
+	@touch $@
+
+build/cuda/made.stamp: .venv/made.stamp pyproject.toml
+	mkdir -p build/cuda
+	$(BIN)/python -m venv build/cuda/venv
+	build/cuda/venv/bin/python -m pip install --disable-pip-version-check -e '.[cuda]'
 	@touch $@

@@ -1,0 +1,80 @@
+"""The GPU's kernels of paged attention as programs: that they lower, compile, and are few.
+
+What they compute is tested with all bodies, in test_paged_attention.py.
+"""
+
+import importlib.util
+import re
+
+import jax
+import pytest
+
+from pallasite.pallas_kernels.target import find_target
+from tests.pallas_kernels import attention_programs, gpu_registers
+
+TYPES = [(held_as, width) for held_as in gpu_registers.HELD_AS for width in gpu_registers.WIDTHS]
+
+
+def lowered(chip="gpu:h100", **options):
+    """Returns StableHLO for a GPU; no compiler for one is needed so far."""
+    case = attention_programs.step(find_target(chip), **options)
+    function = jax.jit(case.function, donate_argnums=case.donated)
+    return function.trace(*case.arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def kernels(text):
+    return re.findall(r'name = "paged_attention_(\w+)"', text)
+
+
+@pytest.mark.parametrize("variant", ["plain", "all"])
+@pytest.mark.parametrize("chip", ["gpu:h100", "gpu:b200"])
+@pytest.mark.parametrize(("held_as", "width"), TYPES)
+def test_every_kind_of_cache_is_lowered(held_as, width, chip, variant):
+    text = lowered(chip, held_as=held_as, head_width=width, variant=variant)
+    assert kernels(text) == ["write", "decode", "merge", "prefill"]
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"num_heads": 8, "num_kv_heads": 1, "head_width": 128},
+        {"num_heads": 71, "num_kv_heads": 1, "head_width": 64},
+        {"num_heads": 9, "num_kv_heads": 3, "head_width": 64},
+        {"num_heads": 32, "num_kv_heads": 32, "head_width": 96},
+        {"num_heads": 4, "num_kv_heads": 2, "head_width": 16},
+    ],
+    ids=str,
+)
+def test_heads_of_any_number_and_width_are_lowered(heads):
+    assert len(kernels(lowered(**heads, held_as="int8", num_pages=100))) == 4
+
+
+def test_a_bucket_for_decoding_alone_has_no_prefill():
+    assert kernels(lowered(num_tokens=64, num_rows=64)) == ["write", "decode", "merge"]
+    # Where sequences are so short that splits would be too small, one takes them whole.
+    short = lowered(num_tokens=64, num_rows=64, max_len=256)
+    assert kernels(short) == ["write", "decode"]
+
+
+@pytest.mark.parametrize("held_as", ["int8", "float8_e4m3fn"])
+def test_a_cache_that_would_be_addressed_wrongly_is_refused(held_as):
+    # 8 layers of 256 KiB a page.
+    of_2_gib = {"held_as": held_as, "num_pages": 2**31 // (8 * 2**16)}
+    lowered(**of_2_gib)
+    for num_pages in (of_2_gib["num_pages"] + 1, 2 * of_2_gib["num_pages"]):
+        with pytest.raises(ValueError, match="must be of at most 2 GiB or of more than 4 GiB"):
+            lowered(held_as=held_as, num_pages=num_pages)
+    lowered(held_as=held_as, num_pages=2 * of_2_gib["num_pages"] + 1)
+    lowered(num_pages=of_2_gib["num_pages"] + 1)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda13_plugin") is None,
+    reason="needs the GPU's compiler, of 4.4 GB: make compile-gpu does the same",
+)
+@pytest.mark.parametrize("chip", gpu_registers.CHIPS)
+@pytest.mark.parametrize(("held_as", "width"), TYPES)
+def test_kernels_keep_to_their_registers(chip, held_as, width):
+    options = {"held_as": held_as, "head_width": width}
+    report = gpu_registers.compiled(chip, options)
+    assert gpu_registers.faults(chip, options, report) == []
