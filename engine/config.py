@@ -35,7 +35,8 @@ class EngineConfig:
             of matrix products have the same type; sums, norms and the residual stream are f32.
         quantize: rules (pattern, form), see `models/forms.py`: the first whose pattern is found in
             a weight's name gives its form.
-        cache: what keys and values are rounded to; "auto" is the type of `weights`.
+        cache: what keys and values are rounded to; "auto" is the type of `weights`, "fp8" is for
+            devices that multiply it.
         mesh: the devices. What is counted over requests (max_requests, max_batch_tokens, num_pages)
             is over all data shards, which share it equally.
         max_requests: completions that run at once, one row of a batch each, >= 2 a data shard.
@@ -58,7 +59,7 @@ class EngineConfig:
 
     weights: BaseForm = "bf16"
     quantize: tuple[Rule, ...] = ()
-    cache: Literal["auto", "int8"] = "auto"
+    cache: Literal["auto", "int8", "fp8"] = "auto"
     mesh: MeshShape = MeshShape()
     max_requests: int = 32
     max_context_len: int | None = None
@@ -97,8 +98,10 @@ class EngineConfig:
             )
         if self.weights not in ("f32", "bf16"):
             raise ConfigError(f"got weights={self.weights!r}; allowed are f32 and bf16; choose one")
-        if self.cache not in ("auto", "int8"):
-            raise ConfigError(f"got cache={self.cache!r}; allowed are auto and int8; choose one")
+        if self.cache not in ("auto", "int8", "fp8"):
+            raise ConfigError(
+                f"got cache={self.cache!r}; allowed are auto, int8 and fp8; choose one"
+            )
         check_rules(self.quantize)
         for name in ("max_requests", "max_batch_tokens", "num_pages"):
             value = getattr(self, name)

@@ -117,6 +117,10 @@ def plan_deployment(
     """
     devices = devices or devices_for(config.mesh)
     target = target_of(devices[0].platform, devices[0].device_kind)
+    if config.cache_form == "fp8" and not target.multiplies_fp8:
+        raise ConfigError(
+            f"got cache='fp8' for {target.name}, which does not multiply fp8; choose int8 or auto"
+        )
     mesh = make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)
     # Ropes that stretch long contexts go by what is served, not by what could be.

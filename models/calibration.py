@@ -93,7 +93,7 @@ def _run(
     model: Decoder, cache: PagedCache, token_ids: Int[Array, "T"], ragged: Ragged
 ) -> dict[str, Float[Array, "L in"]]:
     none = batch_adapters({}, jnp.full_like(ragged.kv_lens, -1), ragged, len(token_ids))
-    place = places(model.config, ragged, none, _Observing)
+    place = places(model, ragged, none, _Observing)
 
     def layer(
         carry: tuple[Array, PagedCache], index: Int[Array, ""]

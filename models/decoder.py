@@ -94,6 +94,7 @@ class Decoder(nnx.Module):
     """The weights of a decoder, and how it begins and ends.
 
     Attributes:
+        target: what its programs are compiled for.
         embedding: `[V, D]`.
         embedding_scale: what its rows are multiplied by.
         layers: a family's module of stacked weights, `[L, ...]` each.
@@ -113,6 +114,7 @@ class Decoder(nnx.Module):
         shape, axes = (config.vocab_size, config.model_width), ("vocab", "width")
         self.config = config
         self.partition = declare.partition
+        self.target = declare.target
         self.embedding = declare.matrix(shape, axes, "model.embed_tokens.weight")
         self.layers = layers
         self.final_norm = norm(config, declare, "model.norm.weight")
@@ -128,7 +130,7 @@ def forward(
     adapters: BatchAdapters,
 ) -> tuple[Float[Array, "T D"], PagedCache]:
     """Runs a ragged batch of tokens; returns normed hidden states and the updated cache."""
-    place = places(model.config, ragged, adapters, Place)
+    place = places(model, ragged, adapters, Place)
 
     def layer(index: Int[Array, ""], carry: tuple[Array, PagedCache]) -> tuple[Array, PagedCache]:
         return layer_weights(model, index).block(*carry, place(index))
@@ -141,10 +143,13 @@ def forward(
 
 
 def places(
-    config: ModelConfig, ragged: Ragged, adapters: BatchAdapters, kind: type[PlaceT]
+    model: Decoder, ragged: Ragged, adapters: BatchAdapters, kind: type[PlaceT]
 ) -> Callable[[Int[Array, ""]], PlaceT]:
     """Returns what gives the place of a batch in a layer, by the layer's index."""
-    attention = AttentionConfig(scale=config.attention_scale, windows=config.windows)
+    config = model.config
+    attention = AttentionConfig(
+        scale=config.attention_scale, windows=config.windows, target=model.target
+    )
     frequencies = jnp.asarray(rope_frequencies(config))
 
     def place(index: Int[Array, ""]) -> PlaceT:

@@ -1,6 +1,7 @@
 """The paged cache on its devices. Which page is whose is the engine's matter."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
@@ -15,16 +16,19 @@ from pallasite.pallas_kernels.target import Target
 
 AXES = ("layers", "pages", "kv_heads", "kv", "page", "head")
 
-CacheForm = Literal["f32", "bf16", "int8"]
+CacheForm = Literal["f32", "bf16", "int8", "fp8"]
+
+_DTYPES = {"f32": jnp.float32, "bf16": jnp.bfloat16, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 
 
 @dataclass(frozen=True, kw_only=True)
 class CacheSpec:
-    """The shape `[L, P, K, 2, page, H]` of the cache of one model, and what it holds.
+    """The shape `[L, P, K, R, page, W]` of the cache of one model, and what it holds.
 
     Attributes:
         partition: the model's layout; K are the key heads that all devices hold together.
-        form: what the values are rounded to; int8 has a scale for each row of H.
+        target: says how the rows lie, R and W, and how long a page is.
+        form: what the values are rounded to; int8 and fp8 have a scale for each key and value.
         num_pages: P, over all data shards.
     """
 
@@ -36,20 +40,23 @@ class CacheSpec:
     @property
     def shape(self) -> tuple[int, ...]:
         model = self.partition.config
-        page = (2, self.target.page_size, model.head_width)
+        num_rows, width = self.target.cache_row(model.head_width)
+        page = (num_rows, self.target.page_size, width)
         return (model.num_layers, self.num_pages, self.partition.num_kv_heads, *page)
+
+    @property
+    def scales_shape(self) -> tuple[int, ...] | None:
+        """`[L, P, K, 2, page]`; None for floats of 16 bits and more."""
+        if self.form not in ("int8", "fp8"):
+            return None
+        return (*self.shape[:3], 2, self.target.page_size)
 
     @property
     def page_bytes(self) -> int:
         """Bytes of one page over all layers and the devices that share it."""
-        model = self.partition.config
-        num_rows = model.num_layers * self.partition.num_kv_heads * 2 * self.target.page_size
-        row_bytes = {
-            "f32": 4 * model.head_width,
-            "bf16": 2 * model.head_width,
-            "int8": model.head_width + 4,
-        }
-        return num_rows * row_bytes[self.form]
+        one = replace(self, num_pages=1)
+        num_scales = 0 if one.scales_shape is None else math.prod(one.scales_shape)
+        return math.prod(one.shape) * jnp.dtype(_DTYPES[self.form]).itemsize + 4 * num_scales
 
     @property
     def num_bytes(self) -> int:
@@ -59,15 +66,12 @@ class CacheSpec:
     def abstract(self, mesh: Mesh) -> PagedCache:
         """Returns the cache's shapes, dtypes and placements, for compiling without memory."""
 
-        def struct(num_dims: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-            placement = sharding(mesh, AXES[:num_dims])
-            return jax.ShapeDtypeStruct(self.shape[:num_dims], dtype, sharding=placement)
+        def struct(shape: tuple[int, ...], dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding(mesh, AXES[: len(shape)]))
 
-        if self.form == "int8":
-            values = struct(6, jnp.dtype(jnp.int8))
-            return PagedCache(values=values, scales=struct(5, jnp.dtype(jnp.float32)))
-        dtype = {"f32": jnp.float32, "bf16": jnp.bfloat16}[self.form]
-        return PagedCache(values=struct(6, storage_dtype(dtype, self.target)))
+        shape, dtype = self.scales_shape, storage_dtype(_DTYPES[self.form], self.target)
+        scales = None if shape is None else struct(shape, jnp.dtype(jnp.float32))
+        return PagedCache(values=struct(self.shape, dtype), scales=scales)
 
     def allocate(self, mesh: Mesh) -> PagedCache:
         """Returns an empty cache, each device holding its part only."""

@@ -119,10 +119,10 @@ class Declare:
         self, base: BaseForm, target: Target, partition: Partition, rules: tuple[Rule, ...]
     ) -> None:
         self.partition = partition
+        self.target = target
         self.names: list[str] = []
         self._base = parse_form(base)
         self._dtype = compute_dtype(base)
-        self._target = target
         self._rules = rules
 
     def matrix(
@@ -141,7 +141,7 @@ class Declare:
             return Matrix(parts, axes, (form, self._dtype, source))
         dtype = compute_dtype("f32" if form.kind == "f32" else "bf16")
         # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
-        held_as = storage_dtype(dtype, self._target) if source.is_stacked else dtype
+        held_as = storage_dtype(dtype, self.target) if source.is_stacked else dtype
         return Matrix({"values": _weight(held, axes, held_as)}, axes, (form, dtype, source))
 
     def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> Weight:

@@ -161,8 +161,9 @@ ENGINE_FLAGS = (
     ),
     Flag(
         field="cache",
-        kind=choice("auto", "int8"),
-        help="what cached keys and values are rounded to; auto is the type of --weights",
+        kind=choice("auto", "int8", "fp8"),
+        help="what cached keys and values are rounded to; auto is the type of --weights, fp8 is for"
+        " devices that multiply it",
     ),
     Flag(
         field="mesh",

@@ -47,6 +47,7 @@ PLAN = MemoryPlan(
         ("cache_tokens", {"cache_tokens": 1}),
         ("num_pages", {"num_pages": 9, "cache_tokens": 99}),
         ("weights", {"weights": "f16"}),
+        ("cache", {"cache": "fp4"}),
         ("max_lease_s", {"max_lease_s": 0.0}),
         ("max_lease_s", {"max_lease_s": float("nan")}),
     ],

@@ -12,7 +12,7 @@ from pallasite.models.forms import BaseForm, Rule
 from pallasite.models.kv_cache import CacheForm, CacheSpec
 from pallasite.models.sharding import MeshShape, make_mesh
 from pallasite.pallas_kernels.paged_attention import Ragged
-from pallasite.pallas_kernels.target import CPU
+from pallasite.pallas_kernels.target import CPU, Target
 from tests.models.running import Program, load
 
 NUM_ROWS = 2
@@ -33,17 +33,18 @@ class Forward:
         cache: CacheForm | None = None,
         mesh: MeshShape | None = None,
         rules: tuple[Rule, ...] = (),
+        target: Target = CPU,
     ) -> None:
         self._size = size
         checkpoint = open_checkpoint(path)
         self._devices = devices = make_mesh(mesh or MeshShape(), jax.devices("cpu"))
-        model = load(checkpoint, form, mesh=devices, rules=rules)
+        model = load(checkpoint, form, target, devices, rules)
         self.config = checkpoint.config
-        num_columns = MAX_LEN // CPU.page_size
+        num_columns = MAX_LEN // target.page_size
         num_pages = NUM_ROWS * num_columns
         spec = CacheSpec(
             partition=model.partition,
-            target=CPU,
+            target=target,
             form=cache or form,
             num_pages=num_pages * devices.shape["data"],
         )
