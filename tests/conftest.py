@@ -36,6 +36,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # A shared machine makes any deadline a coin toss; pytest-timeout bounds each test instead.
 hypothesis.settings.register_profile("pallasite", deadline=None, print_blob=True)
+# For runs that only ask whether a test fails.
+hypothesis.settings.register_profile(
+    "unshrunk",
+    parent=hypothesis.settings.get_profile("pallasite"),
+    database=None,
+    phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
+)
 hypothesis.settings.load_profile("pallasite")
 
 

@@ -91,9 +91,8 @@ class _BlockReader(NamedTuple):
     ) -> "_BlockReader":
         num_pages = max(1, BLOCK_TOKENS // cache.page_size)
         surplus = -page_table.shape[1] % num_pages
-        pages = jnp.clip(page_table, 0, cache.values.shape[1] - 1)
-        pages = jnp.pad(pages, ((0, 0), (0, surplus)))
-        return cls(cache, layer, pages, head_width, num_pages)
+        page_table = jnp.pad(page_table, ((0, 0), (0, surplus)))
+        return cls(cache, layer, page_table, head_width, num_pages)
 
     @property
     def num_tokens(self) -> int:
@@ -109,7 +108,10 @@ class _BlockReader(NamedTuple):
         )
 
     def read(self, pages: Int[Array, "*B p"]) -> tuple[Array, Array]:
-        """Returns keys and values `[*B, K, S, H]` of the pages' tokens, in f32."""
+        """Returns keys and values `[*B, K, S, H]` of the pages' tokens, in f32.
+
+        For an id of no page JAX reads the last page or the first one.
+        """
         held = self.cache.values[self.layer, pages]
         held = jnp.moveaxis(held, -5, -3)  # [*B, K, R, p, page, W]
         rows = held.reshape(*held.shape[:-3], self.num_tokens, held.shape[-1])
