@@ -76,9 +76,13 @@ def faults(chip: str, options: dict[str, object], report: Report) -> list[str]:
 
 
 def register_limit(name: str, options: dict[str, object]) -> int:
-    """With 96 registers a multiprocessor holds five of the decode's blocks at once."""
-    is_narrow = options["head_width"] != 256 and options["held_as"] != "float32"
-    return 96 if name != "prefill" and is_narrow else 255
+    """With 96 registers a multiprocessor holds five of the decode's blocks at once, with 128 four.
+
+    Wide heads take more, and so do those of f32, which no matrix unit multiplies.
+    """
+    if name == "prefill" or options["head_width"] == 256:
+        return 255
+    return 96 if options["held_as"] == "bfloat16" else 128
 
 
 def spill_limit(name: str, options: dict[str, object]) -> int:
