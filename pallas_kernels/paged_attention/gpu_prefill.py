@@ -149,11 +149,12 @@ def _attend_blocks(
 
     def masked_block(index: jax.Array, softmax: Softmax) -> Softmax:
         at = index * size + jnp.arange(size, dtype=jnp.int32)
-        block = reader.read(index * size, at <= last)
+        is_seen = at <= last
         visible = at[None, :] <= jnp.minimum(position, last)[:, None]
         if inputs.windows is not None:
+            is_seen = is_seen & (at >= inputs.first_visible(tile.position))
             visible = visible & (at[None, :] >= starts[:, None])
-        return softmax.add(q, block, visible, curve)
+        return softmax.add(q, reader.read(index * size, is_seen), visible, curve)
 
     def whole_block(index: jax.Array, softmax: Softmax) -> Softmax:
         return softmax.add(q, reader.read(index * size, None), None, curve)
