@@ -119,7 +119,8 @@ def plan_deployment(
     target = target_of(devices[0].platform, devices[0].device_kind)
     if config.cache_form == "fp8" and not target.multiplies_fp8:
         raise ConfigError(
-            f"got cache='fp8' for {target.name}, which does not multiply fp8; choose int8 or auto"
+            f"got cache='fp8' for {target.name}, which does not multiply fp8; allowed are auto and"
+            " int8; choose one"
         )
     mesh = make_mesh(config.mesh, devices)
     max_context_len = _context_len(config, model)

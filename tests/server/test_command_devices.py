@@ -79,7 +79,7 @@ def test_a_mesh_beyond_what_a_cpu_is_cut_into_is_refused(model, flags, mesh):
         ("--quantize (=int8", "got the weight pattern '(', which is no regular expression"),
         ("--quantize int4:48", "got the form int4:48 for model.layers.*."),
         ("--cache int4", "got --cache 'int4'; allowed is auto or int8 or fp8; see"),
-        ("--cache fp8", "got cache='fp8' for cpu, which does not multiply fp8; choose int8"),
+        ("--cache fp8", "got cache='fp8' for cpu, which does not multiply fp8; allowed"),
     ],
 )
 def test_bad_values_end_with_status_2(run, model, flags, line, message):
