@@ -65,8 +65,8 @@ def test_an_fp8_cache_is_refused_where_fp8_is_not_multiplied(target, be):
     with pytest.raises(ConfigError) as caught:
         plan_deployment(TINY, EngineConfig(cache="fp8"))
     assert str(caught.value) == (
-        f"got cache='fp8' for {target.name}, which does not multiply fp8; allowed are auto and int8;"
-        " choose one"
+        f"got cache='fp8' for {target.name}, which does not multiply fp8; allowed are auto and"
+        " int8; choose one"
     )
 
 
