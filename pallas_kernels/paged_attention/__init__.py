@@ -11,12 +11,16 @@ tokens, those with a single query first. See `Ragged`.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallasite.pallas_kernels.paged_attention import gpu, reference
+from pallasite.pallas_kernels.paged_attention import gpu, reference, tpu
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
 
 __all__ = ["AttentionConfig", "PagedCache", "Ragged", "paged_attention"]
 
-_BODIES = {"cpu": reference.paged_attention, "gpu": gpu.paged_attention}
+_BODIES = {
+    "cpu": reference.paged_attention,
+    "gpu": gpu.paged_attention,
+    "tpu": tpu.paged_attention,
+}
 """The body for each platform."""
 
 _HELD_AS = ("float32", "bfloat16", "uint16", "int8", "float8_e4m3fn")

@@ -1,0 +1,223 @@
+"""Paged attention on a TPU: what goes into the kernels, and what comes out of them.
+
+Requests with one query and all others have a kernel each. Both run over as many requests as there
+are, so that one compiled program serves any mix.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from pallasite.pallas_kernels.paged_attention import tpu_decode, tpu_prefill, tpu_write
+from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.paged_attention.rows import join_rows
+from pallasite.pallas_kernels.paged_attention.tpu_blocks import (
+    decode_blocks,
+    prefill_blocks,
+    vmem_limit,
+)
+from pallasite.pallas_kernels.paged_attention.tpu_parts import multiplied_as
+from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Products, Scoring
+from pallasite.pallas_kernels.storage import encode, quantize_rows
+
+_LOG2_E = math.log2(math.e)
+
+
+def paged_attention(
+    q: Float[Array, "T N H"],
+    kv_new: Float[Array, "T K 2 H"],
+    cache: PagedCache,
+    layer: Int[Array, ""],
+    ragged: Ragged,
+    config: AttentionConfig,
+    sinks: Float[Array, "N"] | None = None,
+) -> tuple[Float[Array, "T N H"], PagedCache]:
+    """See the op in the package."""
+    if cache.values.dtype == jnp.uint16:
+        raise ValueError(f"got a cache of uint16 for {config.target.name}; it must hold bfloat16")
+    num_tokens, num_heads, head_width = q.shape
+    num_kv_heads = kv_new.shape[1]
+    scoring = Scoring(
+        products=Products.of(cache.values.dtype, config.target),
+        cap=None if config.soft_cap is None else config.soft_cap * _LOG2_E,
+        has_window=any(window is not None for window in config.windows),
+    )
+    factor = config.scale * _LOG2_E if config.soft_cap is None else config.scale / config.soft_cap
+    width = config.target.cache_row(head_width)[1]
+    q = (q.astype(jnp.float32) * factor).reshape(num_tokens, num_kv_heads, -1, head_width)
+    q = jnp.pad(q, ((0, 0), (0, 0), (0, 0), (0, width - head_width)))
+    if sinks is not None:
+        sinks = sinks.astype(jnp.float32).reshape(num_kv_heads, -1) * _LOG2_E
+    call = _Call(q, sinks, layer, _window(config, layer), ragged, config, scoring)
+    new = _new_rows(kv_new, cache.values.dtype, config.target.cache_row(head_width))
+    is_ragged = num_tokens > ragged.kv_lens.shape[0]
+    if is_ragged:
+        cache = _write(call, new, cache)
+    out, cache = _decode(call, new, cache)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None, None]
+    others = _prefill(call, cache) if is_ragged else jnp.zeros_like(out)
+    others = jnp.where(token < ragged.query_starts[-1], others, 0.0)
+    out = jnp.where(token < ragged.num_decode, out, others)
+    # Where a key and its value share a row, so do what queries and weights make of them.
+    value_start = width // 2 if cache.shares_rows else 0
+    out = out[..., value_start : value_start + head_width]
+    return out.reshape(num_tokens, num_heads, head_width), cache
+
+
+class _Call(NamedTuple):
+    """What all kernels of one call are given.
+
+    Attributes:
+        q: scaled for `scoring`, as wide as the cache's rows.
+        sinks: in units of log2(e).
+        layer: which one.
+        window: how many positions it sees.
+        ragged: as the op is given it.
+        config: as the op is given it.
+        scoring: what is static about scores.
+    """
+
+    q: Float[Array, "T K G W"]
+    sinks: Float[Array, "K G"] | None
+    layer: Int[Array, ""]
+    window: Int[Array, ""]
+    ragged: Ragged
+    config: AttentionConfig
+    scoring: Scoring
+
+    @property
+    def pages_a_row(self) -> int:
+        return self.ragged.page_table.shape[1]
+
+    @property
+    def vmem_limit(self) -> int:
+        return vmem_limit(self.config.target)
+
+    def q_lens(self) -> Int[Array, "B"]:
+        """How many queries each request has that is not one of those with one."""
+        row = jnp.arange(self.ragged.kv_lens.shape[0], dtype=jnp.int32)
+        is_ragged = (row >= self.ragged.num_decode) & (row < self.ragged.num_requests)
+        lens = self.ragged.query_starts[1:] - self.ragged.query_starts[:-1]
+        return jnp.where(is_ragged, lens, 0)
+
+
+def _decode(
+    call: _Call, new: Float[Array, "T KR C"], cache: PagedCache
+) -> tuple[Float[Array, "T K G W"], PagedCache]:
+    group = call.q.shape[2]
+    surplus = (0, -group % 8)
+    out, cache = tpu_decode.decode(
+        jnp.pad(call.q, ((0, 0), (0, 0), surplus, (0, 0))),
+        new,
+        None if call.sinks is None else jnp.pad(call.sinks, ((0, 0), surplus)),
+        cache,
+        tpu_decode.Scalars(
+            layer=call.layer[None],
+            window=call.window[None],
+            num_decode=call.ragged.num_decode[None],
+            kv_lens=call.ragged.kv_lens,
+            page_table=call.ragged.page_table.reshape(-1),
+        ),
+        call.scoring,
+        decode_blocks(cache, call.pages_a_row, call.config.target),
+        call.vmem_limit,
+        call.config.interpret,
+    )
+    return out[:, :, :group], cache
+
+
+def _write(call: _Call, new: Float[Array, "T KR C"], cache: PagedCache) -> PagedCache:
+    ragged, page, q_lens = call.ragged, cache.page_size, call.q_lens()
+    first = (ragged.kv_lens - q_lens) // page
+    counts = jnp.where(q_lens > 0, -(-ragged.kv_lens // page) - first, 0)
+    most = new.shape[0] // page + 2 * ragged.kv_lens.shape[0]
+    requests, numbers, total = _count_out(counts, most)
+    return tpu_write.write(
+        new,
+        cache,
+        tpu_write.Scalars(
+            layer=call.layer[None],
+            kv_lens=ragged.kv_lens,
+            query_starts=ragged.query_starts,
+            page_table=ragged.page_table.reshape(-1),
+            num_pages=total[None],
+            page_requests=requests,
+            page_numbers=numbers,
+        ),
+        call.vmem_limit,
+        call.config.interpret,
+    )
+
+
+def _prefill(call: _Call, cache: PagedCache) -> Float[Array, "T K G W"]:
+    num_tokens, num_kv_heads, group, width = call.q.shape
+    ragged, q_lens = call.ragged, call.q_lens()
+    blocks = prefill_blocks(cache, call.pages_a_row, num_tokens, group, call.config.target)
+    num_tiles = -(-num_tokens // blocks.tokens)
+    first = ragged.query_starts[:-1] // blocks.tokens
+    counts = jnp.where(q_lens > 0, (ragged.query_starts[1:] - 1) // blocks.tokens - first + 1, 0)
+    requests, numbers, total = _count_out(counts, num_tiles + ragged.kv_lens.shape[0])
+    surplus = num_tiles * blocks.tokens - num_tokens
+    q = call.q.astype(multiplied_as(cache.values.dtype))
+    q = jnp.pad(q, ((0, surplus), (0, 0), (0, 0), (0, 0)))
+    q = jnp.transpose(q, (1, 0, 2, 3)).reshape(num_kv_heads, -1, width)
+    out = tpu_prefill.prefill(
+        q,
+        None if call.sinks is None else jnp.tile(call.sinks, (1, blocks.tokens)),
+        cache,
+        tpu_prefill.Scalars(
+            layer=call.layer[None],
+            window=call.window[None],
+            kv_lens=ragged.kv_lens,
+            query_starts=ragged.query_starts,
+            page_table=ragged.page_table.reshape(-1),
+            num_pairs=total[None],
+            pair_requests=requests,
+            pair_tiles=first[requests] + numbers,
+        ),
+        call.scoring,
+        blocks,
+        group,
+        call.vmem_limit,
+        call.config.interpret,
+    )
+    out = out.reshape(num_kv_heads, -1, group, width)[:, :num_tokens]
+    return jnp.transpose(out, (1, 0, 2, 3))
+
+
+def _count_out(
+    counts: Int[Array, "B"], most: int
+) -> tuple[Int[Array, "n"], Int[Array, "n"], Int[Array, ""]]:
+    """Lists `counts[b]` items of each request b, in order: its request, its number, and how many.
+
+    What is beyond them in the lists is some request's.
+    """
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    item = jnp.arange(most, dtype=jnp.int32)
+    request = jnp.sum(item[:, None] >= ends[None], axis=1, dtype=jnp.int32)
+    request = jnp.minimum(request, counts.shape[0] - 1)
+    return request, item - (ends - counts)[request], ends[-1]
+
+
+def _new_rows(
+    kv_new: Float[Array, "T K 2 H"], held_as: jnp.dtype, row: tuple[int, int]
+) -> Float[Array, "T KR C"]:
+    """Returns what kernels call new: rows as they are held, in f32, and their scales."""
+    num_tokens, num_kv_heads = kv_new.shape[:2]
+    shape = (num_tokens, num_kv_heads * row[0], -1)
+    if held_as.itemsize > 1:
+        return join_rows(encode(kv_new, held_as), row).astype(jnp.float32).reshape(shape)
+    rows, scales = quantize_rows(kv_new, held_as)
+    rows = join_rows(rows, row).astype(jnp.float32).reshape(shape)
+    # As `scale_place` has it.
+    scales = jnp.broadcast_to(scales[..., None], (*scales.shape, LANES))
+    return jnp.concatenate([rows, scales.reshape(shape)], axis=2)
+
+
+def _window(config: AttentionConfig, layer: Int[Array, ""]) -> Int[Array, ""]:
+    """Returns the layer's window, one that hides nothing where it has none."""
+    hides_nothing = jnp.iinfo(jnp.int32).max
+    windows = [hides_nothing if window is None else window for window in config.windows]
+    return jnp.asarray(windows or [hides_nothing], jnp.int32)[layer if windows else 0]
