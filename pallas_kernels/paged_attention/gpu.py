@@ -1,7 +1,5 @@
 """Paged attention on GPUs: three kernels of Pallas's Triton backend, one after the other."""
 
-import math
-
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
@@ -9,6 +7,7 @@ from pallasite.pallas_kernels.paged_attention.gpu_block import Inputs
 from pallasite.pallas_kernels.paged_attention.gpu_decode import attend_decode
 from pallasite.pallas_kernels.paged_attention.gpu_prefill import attend_prefill
 from pallasite.pallas_kernels.paged_attention.gpu_write import write
+from pallasite.pallas_kernels.triton import is_addressable
 
 
 def paged_attention(
@@ -22,27 +21,16 @@ def paged_attention(
 ) -> tuple[Float[Array, "T N H"], PagedCache]:
     """See the op in the package.
 
-    Raises ValueError for a cache that Pallas would address wrongly, see `_check_addresses`.
+    Raises ValueError for a cache that Pallas would address wrongly.
     """
-    _check_addresses(cache)
+    if not is_addressable(cache.values):
+        raise ValueError(
+            f"got a cache {cache.values.shape} of {cache.values.dtype}; on GPUs one of 8 bits must"
+            " be of at most 2 GiB or of more than 4 GiB; give it fewer pages or more"
+        )
     cache = write(kv_new, cache, layer, ragged, config)
     inputs = Inputs.make(q, cache, layer, ragged, config, sinks)
     out = attend_decode(inputs, config)
     if q.shape[0] > ragged.kv_lens.shape[0]:
         out = attend_prefill(inputs, out, config)
     return out, cache
-
-
-def _check_addresses(cache: PagedCache) -> None:
-    """Refuses caches in which an index times its stride, in elements, leaves 32 bits.
-
-    Pallas takes 64 bits for arrays of more than 4 GiB, and else 32, which are signed: too few for
-    8-bit values from 2 GiB on.
-    """
-    values = cache.values
-    num_bytes = math.prod(values.shape) * values.dtype.itemsize
-    if values.dtype.itemsize == 1 and 2**31 < num_bytes <= 2**32:
-        raise ValueError(
-            f"got a cache of {num_bytes} bytes of {values.dtype}; on GPUs one of 8 bits must be of"
-            " at most 2 GiB or of more than 4 GiB; give it fewer pages or more"
-        )

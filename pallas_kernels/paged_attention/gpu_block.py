@@ -1,9 +1,7 @@
 """What the GPU kernels of paged attention share: reading blocks of the cache, and the softmax.
 
-The kernels are written for Triton, where a program works on small arrays whose sides are powers of
-two and addresses memory by arrays of indices under masks. A block is some consecutive cached tokens
-of one request and one key head; its tokens are looked up one by one in the page table, so a block
-may be smaller or larger than a page.
+A block is some consecutive cached tokens of one request and one key head; its tokens are looked up
+one by one in the page table, unless a page holds it whole.
 
 Where the cache holds f32, products are f32 and exact. Where it holds 16 bits or 8, the queries and
 the weights of the softmax are rounded to bfloat16 for the tensor cores; int8 and fp8 values are
@@ -15,11 +13,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as plgpu
 
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
 from pallasite.pallas_kernels.storage import decode
+from pallasite.pallas_kernels.triton import both, load, padded, within
 
 NEVER = -1e30
 """The top of no scores: finite, so that a difference of two of them is no NaN."""
@@ -254,27 +251,3 @@ def dot(a: jax.Array, b: jax.Array, transposed: bool = False) -> jax.Array:
         precision=jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None,
         preferred_element_type=jnp.float32,
     )
-
-
-def load(ref: Any, mask: jax.Array | None) -> jax.Array:
-    """Reads what a ref names, zeros where the mask says no."""
-    if mask is None:
-        return plgpu.load(ref)
-    return plgpu.load(ref, mask=mask, other=jnp.zeros((), ref.dtype))
-
-
-def both(a: jax.Array | None, b: jax.Array | None) -> jax.Array | None:
-    """Returns where both masks say yes; None is yes everywhere."""
-    if a is None or b is None:
-        return b if a is None else a
-    return a & b
-
-
-def within(index: jax.Array, length: int) -> jax.Array | None:
-    """Returns which of an arange padded to a power of two are below length, None for all."""
-    return None if padded(length) == length else index < length
-
-
-def padded(length: int) -> int:
-    """Returns the least power of two that is a side of arrays to multiply: 16 or more."""
-    return max(16, pl.next_power_of_2(length))

@@ -22,11 +22,8 @@ from pallasite.pallas_kernels.paged_attention.gpu_block import (
     Curve,
     Inputs,
     Softmax,
-    both,
-    load,
-    padded,
-    within,
 )
+from pallasite.pallas_kernels.triton import both, load, padded, within
 
 SPLIT_TOKENS = 256
 """A split has at least so many cached tokens, unless the request has fewer."""

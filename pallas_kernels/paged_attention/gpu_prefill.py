@@ -20,11 +20,8 @@ from pallasite.pallas_kernels.paged_attention.gpu_block import (
     Curve,
     Inputs,
     Softmax,
-    both,
-    load,
-    padded,
-    within,
 )
+from pallasite.pallas_kernels.triton import both, load, padded, within
 
 
 class _Plan(NamedTuple):

@@ -10,8 +10,8 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
-from pallasite.pallas_kernels.paged_attention.gpu_block import both, load, padded, within
 from pallasite.pallas_kernels.storage import encode, quantize_rows
+from pallasite.pallas_kernels.triton import both, load, padded, within
 
 PROGRAM_VALUES = 2048
 """Values that a program writes at most, where a head has no more by itself."""
