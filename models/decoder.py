@@ -7,7 +7,7 @@ key heads, query heads, feed-forward channels and rows of the vocabulary are the
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -167,9 +167,13 @@ def places(
 
 def layer_weights(model: Decoder, index: Int[Array, ""]) -> DecoderLayers:
     """Returns one layer's weights."""
-    return jax.tree.map(
-        lambda w: jax.lax.dynamic_index_in_dim(w, index, keepdims=False), model.layers
-    )
+
+    def own(part: Any) -> Any:
+        if isinstance(part, Matrix):
+            return part.of_layer(index)
+        return jax.lax.dynamic_index_in_dim(part, index, keepdims=False)
+
+    return jax.tree.map(own, model.layers, is_leaf=lambda part: isinstance(part, Matrix))
 
 
 def embed(model: Decoder, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:

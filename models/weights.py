@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import Mesh
+from jaxtyping import Array, Int
 
 from pallasite.models.errors import ConfigError
 from pallasite.models.forms import BaseForm, Form, Rule, form_of, parse_form
@@ -19,7 +20,7 @@ from pallasite.models.partition import Partition
 from pallasite.models.sharding import MODEL_AXIS, RULES, sharding
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix
 from pallasite.pallas_kernels.storage import storage_dtype
-from pallasite.pallas_kernels.target import Target
+from pallasite.pallas_kernels.target import CPU, Target
 
 ModelT = TypeVar("ModelT", bound=nnx.Module)
 
@@ -75,16 +76,41 @@ class Matrix(nnx.Module):
         form: how it is held.
         dtype: what its products' inputs are rounded to.
         source: where a checkpoint has it.
+        target: what its products are compiled for.
+        layer: whose it is, where it is one layer's beside the others'; else None.
     """
 
     def __init__(
-        self, parts: dict[str, Weight], axes: tuple[str, ...], held: tuple[Form, jnp.dtype, Source]
+        self,
+        parts: dict[str, Weight],
+        axes: tuple[str, ...],
+        held: tuple[Form, jnp.dtype, Source],
+        target: Target = CPU,
+        layer: Int[Array, ""] | None = None,
     ) -> None:
         self.values = parts["values"]
         self.scales = parts.get("scales")
         self.minimums = parts.get("minimums")
         self.axes = axes
         self.form, self.dtype, self.source = held
+        self.target = target
+        self.layer = layer
+
+    def of_layer(self, index: Int[Array, ""]) -> "Matrix":
+        """Returns one layer's, of a matrix that stacks layers.
+
+        Where kernels read quantized matrices in groups, it stays beside the others: they would be
+        handed a copy otherwise.
+        """
+        is_read_in_place = self.target.platform == "gpu" and self.form.group is not None
+        named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
+        parts = {name: part for name, part in named.items() if part is not None}
+        if not is_read_in_place:
+            parts = jax.tree.map(
+                lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), parts
+            )
+        held = (self.form, self.dtype, self.source)
+        return Matrix(parts, self.axes, held, self.target, index if is_read_in_place else None)
 
     def quantized(self) -> QuantizedMatrix:
         """Returns one layer's matrix, or an unstacked one, as the products' op takes it."""
@@ -94,6 +120,8 @@ class Matrix(nnx.Module):
             scales=self.scales[...],
             minimums=None if self.minimums is None else self.minimums[...],
             quantizes_inputs=self.form.quantizes_inputs,
+            layer=self.layer,
+            target=self.target,
         )
 
 
@@ -138,11 +166,12 @@ class Declare:
         held = self._held(shape, axes)
         if form.is_quantized:
             parts = self._quantized_parts(held, axes, form, source)
-            return Matrix(parts, axes, (form, self._dtype, source))
+            return Matrix(parts, axes, (form, self._dtype, source), self.target)
         dtype = compute_dtype("f32" if form.kind == "f32" else "bf16")
         # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
         held_as = storage_dtype(dtype, self.target) if source.is_stacked else dtype
-        return Matrix({"values": _weight(held, axes, held_as)}, axes, (form, dtype, source))
+        parts = {"values": _weight(held, axes, held_as)}
+        return Matrix(parts, axes, (form, dtype, source), self.target)
 
     def vector(self, shape: tuple[int, ...], axes: tuple[str, ...], name: str) -> Weight:
         """Declares a norm's scale or a bias: always f32, since it costs nothing."""

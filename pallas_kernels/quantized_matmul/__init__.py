@@ -3,7 +3,7 @@
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallasite.pallas_kernels.quantized_matmul import reference
+from pallasite.pallas_kernels.quantized_matmul import gpu, reference
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
 from pallasite.pallas_kernels.quantized_matmul.reference import dequantize
 
@@ -16,10 +16,13 @@ def quantized_matmul(
     """Multiplies x by the transpose of a quantized matrix; sums are f32, or int32 and then f32.
 
     `dtype` is what x and the values are rounded to, f32 or bfloat16, unless the matrix has its
-    inputs rounded to int8.
+    inputs rounded to int8. Most products are XLA's own, whatever the target; see each body for the
+    others.
     """
     if x.shape[1] != matrix.num_inputs:
         raise ValueError(f"got {x.shape[1]} inputs for a matrix of {matrix.num_inputs}")
     if matrix.num_inputs % matrix.num_groups:
         raise ValueError(f"got {matrix.num_groups} groups of {matrix.num_inputs} inputs; not whole")
-    return reference.quantized_matmul(x, matrix, dtype)
+    if matrix.target.platform == "gpu" and gpu.takes(x.shape[0], matrix, dtype):
+        return gpu.quantized_matmul(x, matrix)
+    return reference.quantized_matmul(x, matrix.alone(), dtype)

@@ -1,10 +1,12 @@
 """The types of the quantized matmul op, shared by the op and its bodies."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from pallasite.pallas_kernels.target import CPU, Target
 
 
 @jax.tree_util.register_dataclass
@@ -24,12 +26,18 @@ class QuantizedMatrix:
             for others, where v stands for v * scale.
         quantizes_inputs: whether what it is multiplied with is rounded to int8 too, each token's
             part of a group with a scale of its own.
+        layer: where the parts of all layers are stacked along a first axis, whose matrix it is: an
+            integer array. None where they are not. A kernel reads a layer where it lies, while a
+            slice that is handed to it is a copy.
+        target: what the program is compiled for, which decides the body.
     """
 
     values: Any
     scales: Any
     minimums: Any = None
     quantizes_inputs: bool = field(default=False, metadata={"static": True})
+    layer: Any = None
+    target: Target = field(default=CPU, metadata={"static": True})
 
     @property
     def is_packed(self) -> bool:
@@ -37,8 +45,24 @@ class QuantizedMatrix:
 
     @property
     def num_inputs(self) -> int:
-        return self.values.shape[1] * (2 if self.is_packed else 1)
+        return self.values.shape[-1] * (2 if self.is_packed else 1)
 
     @property
     def num_groups(self) -> int:
-        return self.scales.shape[1]
+        return self.scales.shape[-1]
+
+    def alone(self) -> "QuantizedMatrix":
+        """Returns the same matrix without the other layers'."""
+        if self.layer is None:
+            return self
+
+        def own(part: Any) -> Any:
+            return jax.lax.dynamic_index_in_dim(part, self.layer, keepdims=False)
+
+        return replace(
+            self,
+            values=own(self.values),
+            scales=own(self.scales),
+            minimums=None if self.minimums is None else own(self.minimums),
+            layer=None,
+        )

@@ -1,9 +1,9 @@
-"""The GPU's kernels of paged attention as programs: that they lower, compile, and are few.
+"""The GPU's kernels of paged attention as programs: that they lower, and are few.
 
-What they compute is tested with all bodies, in test_paged_attention.py.
+What they compute is tested with all bodies, in test_paged_attention.py; what they take, by
+test_gpu_registers.py.
 """
 
-import importlib.util
 import re
 
 import jax
@@ -66,15 +66,3 @@ def test_a_cache_that_would_be_addressed_wrongly_is_refused(held_as):
             lowered(held_as=held_as, num_pages=num_pages)
     lowered(held_as=held_as, num_pages=2 * of_2_gib["num_pages"] + 1)
     lowered(num_pages=of_2_gib["num_pages"] + 1)
-
-
-@pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda13_plugin") is None,
-    reason="needs the GPU's compiler, of 4.4 GB: make compile-gpu does the same",
-)
-@pytest.mark.parametrize("chip", gpu_registers.CHIPS)
-@pytest.mark.parametrize(("held_as", "width"), TYPES)
-def test_kernels_keep_to_their_registers(chip, held_as, width):
-    options = {"held_as": held_as, "head_width": width}
-    report = gpu_registers.compiled(chip, options)
-    assert gpu_registers.faults(chip, options, report) == []
