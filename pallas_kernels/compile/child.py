@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from pallasite.pallas_kernels.compile import gpu, hlo, names
+from pallasite.pallas_kernels.compile import gpu, hlo, names, traffic
 from pallasite.pallas_kernels.compile.case import Case
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
 from pallasite.pallas_kernels.compile.llo import has_dump, read_kernel
@@ -78,7 +78,30 @@ def _compile(job: dict[str, Any]) -> Report:
     compile_s = time.perf_counter() - start
     text = compiled.as_text()
     kernels = _kernels(job, target, text, traced.jaxpr)
-    return _report(job, target, compile_s, _memory(compiled), hlo.copies(text), kernels)
+    report = _report(job, target, compile_s, _memory(compiled), hlo.copies(text), kernels)
+    if target.platform != "tpu" or mode != "analyze":
+        return report
+    return replace(report, instructions=_instructions(job, target, text, kernels))
+
+
+def _instructions(
+    job: dict[str, Any], target: Target, text: str, kernels: tuple[Kernel, ...]
+) -> tuple[traffic.Instruction, ...]:
+    """Returns what a program runs, with the bundles of what has been compiled for itself."""
+    dump = Path(job["dump"])
+    roots = {kernel.instruction: kernel.root for kernel in kernels}
+    found = []
+    for instruction in traffic.instructions(text):
+        root = roots.get(instruction.name)
+        if root is None and has_dump(dump, instruction.name):
+            root = read_kernel(dump, instruction.name, target.name, names.NO_NAMES)[0]
+        try:
+            bundles = root.weighted().bundles if root else None
+        except ValueError:
+            # A loop whose count is known only while running.
+            bundles = None
+        found.append(replace(instruction, bundles=bundles))
+    return tuple(found)
 
 
 def _kernels(job: dict[str, Any], target: Target, text: str, jaxpr: Any) -> tuple[Kernel, ...]:

@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from math import prod
 
+from pallasite.pallas_kernels.compile.traffic import element_bits
+
 _ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 _COPY = re.compile(r"%?([\w.-]+) = (.*?) copy(?:-start)?\(")
 _KERNEL = re.compile(r"%?([\w.-]+) = .*? custom-call\(.*?custom_call_target=\"([\w$.]+)\"")
@@ -34,7 +36,7 @@ def copies(text: str) -> tuple[Copy, ...]:
     for line in _instructions(text):
         if (match := _COPY.search(line)) and (array := _ARRAY.search(match[2])):
             sizes = [int(size) for size in array[2].split(",") if size]
-            num_bytes = -(-prod(sizes) * _bits(array[1]) // 8)
+            num_bytes = -(-prod(sizes) * element_bits(array[1]) // 8)
             is_on_chip = bool(re.search(r"S\([1-9]\)", array[3] or ""))
             found.append(Copy(name=match[1], num_bytes=num_bytes, is_on_chip=is_on_chip))
     return tuple(found)
@@ -92,9 +94,3 @@ def kernel_name(line: str, instruction: str) -> str:
     if len(parts) > 1 and parts[-1] == "pallas_call" and "(" not in parts[-2]:
         return parts[-2]
     return re.sub(r"\.\d+$", "", instruction)
-
-
-def _bits(element_type: str) -> int:
-    """Returns the width of f32, s8, f8e4m3fn, pred and so on."""
-    digits = re.match(r"[a-z]+(\d+)", element_type)
-    return int(digits[1]) if digits else 8

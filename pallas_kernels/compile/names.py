@@ -14,6 +14,8 @@ from pallasite.pallas_kernels.compile.llo import Place, SourceNames
 _JAX = os.path.dirname(jax.__file__) + os.sep
 _OPS = os.path.join(_JAX, "experimental", "pallas", "ops", "")
 """Kernels that come with JAX."""
+NO_NAMES = SourceNames(bodies=lambda place, kind: (), function=lambda place: None)
+"""For what XLA has made of itself."""
 _KINDS = {"scan": "loop", "while": "loop", "cond": "branch"}
 
 

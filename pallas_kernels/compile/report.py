@@ -10,6 +10,7 @@ from typing import Any, Literal, Union
 from pallasite.pallas_kernels.compile.gpu import GpuUse
 from pallasite.pallas_kernels.compile.hlo import Copy
 from pallasite.pallas_kernels.compile.regions import Number, Region, Work
+from pallasite.pallas_kernels.compile.traffic import Instruction
 
 Mode = Literal["compile", "analyze", "lower"]
 
@@ -90,6 +91,7 @@ class Report:
         memory: None with "lower".
         copies: those that XLA has put in; none are known with "lower".
         kernels: its Pallas calls; analyzed for a GPU, those of Triton, equal ones once.
+        instructions: analyzed for a TPU, what XLA runs one after another.
     """
 
     function: str
@@ -99,6 +101,7 @@ class Report:
     memory: Memory | None
     copies: tuple[Copy, ...]
     kernels: tuple[Kernel, ...]
+    instructions: tuple[Instruction, ...] = ()
 
     def num_copies(self, num_bytes: int) -> int:
         """Returns how many copies of at least this size there are, but for those to the chip."""

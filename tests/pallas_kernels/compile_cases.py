@@ -218,3 +218,21 @@ def sharded_matmul(target: Target) -> Case:
     sharding = jax.sharding.NamedSharding(mesh, by_rows)
     x = jax.ShapeDtypeStruct((4096, 2048), jnp.bfloat16, sharding=sharding)
     return Case(function, (x, case.arguments[1]), mesh=mesh)
+
+
+def layers(target: Target) -> Case:
+    """A loop over 5 layers, each a product with int8 weights [2048, 2048]."""
+
+    def function(x, weights):
+        def layer(index, x):
+            own = jax.lax.dynamic_index_in_dim(weights, index, keepdims=False)
+            product = jnp.dot(
+                x.astype(jnp.bfloat16),
+                own.astype(jnp.bfloat16),
+                preferred_element_type=jnp.float32,
+            )
+            return jnp.tanh(product)
+
+        return jax.lax.fori_loop(0, 5, layer, x)
+
+    return Case(function, (_float32(8, 2048), jax.ShapeDtypeStruct((5, 2048, 2048), jnp.int8)))

@@ -1,0 +1,73 @@
+"""The static figures of quantized products: the cases, and what is made of a report."""
+
+import jax
+import pytest
+
+from benchmarks.quantized import NUM_LAYERS, Figures, layers, per_layer, stacked_matrix, table
+from pallasite.pallas_kernels.compile import Report
+from pallasite.pallas_kernels.compile.traffic import Instruction
+from pallasite.pallas_kernels.target import V6E
+
+
+def test_a_case_is_traced():
+    case = layers(V6E, "int4:32", "64x128", 2)
+    assert jax.eval_shape(case.function, *case.arguments).shape == (2, 128)
+
+
+@pytest.mark.parametrize(
+    ("form", "num_bytes"),
+    [
+        ("int8", 64 * 128 + 64 * 4),
+        ("w8a8:32", 64 * 128 + 64 * 4 * 4),
+        ("int4:32", 64 * 64 + 2 * 64 * 4 * 4),
+    ],
+)
+def test_bytes_as_stored(form, num_bytes):
+    leaves = jax.tree.leaves(stacked_matrix(form, 64, 128))
+    assert sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) == NUM_LAYERS * num_bytes
+
+
+def test_figures_are_a_layers():
+    def run(times, read, written, bundles):
+        return Instruction(
+            name="",
+            opcode="fusion",
+            times=times,
+            bytes_read=read,
+            bytes_written=written,
+            bundles=bundles,
+        )
+
+    instructions = (
+        run(1, 10**9, 10**9, 10**9),
+        run(NUM_LAYERS, 100, 10, 7),
+        run(4 * NUM_LAYERS, 1, 0, 2),
+        run(NUM_LAYERS, None, None, None),
+    )
+    told = Report(
+        function="",
+        target="tpu:v6e",
+        mode="analyze",
+        compile_s=1,
+        memory=None,
+        copies=(),
+        kernels=(),
+        instructions=instructions,
+    )
+    assert per_layer(told) == (114, 15)
+
+
+def test_the_clock_below_which_memory_decides():
+    figures = Figures(
+        form="int8",
+        shape="64x128",
+        num_tokens=2,
+        stored_bytes=1640,
+        moved_bytes=3000,
+        temporary_bytes=0,
+        bundles=1.5,
+        compile_s=1,
+    )
+    # v6e reads 1640 bytes in a nanosecond.
+    assert figures.break_even_hz(V6E) == pytest.approx(1.5e9)
+    assert table(V6E, [figures]).splitlines()[-1].split()[-1] == "1.50"
