@@ -121,7 +121,7 @@ def _decode(
             page_table=call.ragged.page_table.reshape(-1),
         ),
         call.scoring,
-        decode_blocks(cache, call.pages_a_row, call.config.target),
+        decode_blocks(cache, call.pages_a_row, group, call.config.target),
         call.vmem_limit,
         call.config.interpret,
     )
