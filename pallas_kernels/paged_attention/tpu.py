@@ -55,11 +55,14 @@ def paged_attention(
     is_ragged = num_tokens > ragged.kv_lens.shape[0]
     if is_ragged:
         cache = _write(call, new, cache)
-    out, cache = _decode(call, new, cache)
+    decoded, cache = _decode(call, new, cache)
     token = jnp.arange(num_tokens, dtype=jnp.int32)[:, None, None, None]
-    others = _prefill(call, cache) if is_ragged else jnp.zeros_like(out)
-    others = jnp.where(token < ragged.query_starts[-1], others, 0.0)
-    out = jnp.where(token < ragged.num_decode, out, others)
+    out = _prefill(call, cache) if is_ragged else jnp.zeros_like(decoded)
+    # What no request's token is was not written, and may be NaN.
+    out = jnp.where(token < ragged.query_starts[-1], out, 0.0)
+    num_rows = decoded.shape[0]
+    decoded = jnp.where(token[:num_rows] < ragged.num_decode, decoded, out[:num_rows])
+    out = jnp.concatenate([decoded, out[num_rows:]])
     # Where a key and its value share a row, so do what queries and weights make of them.
     value_start = width // 2 if cache.shares_rows else 0
     out = out[..., value_start : value_start + head_width]
@@ -105,12 +108,13 @@ class _Call(NamedTuple):
 
 def _decode(
     call: _Call, new: Float[Array, "T KR C"], cache: PagedCache
-) -> tuple[Float[Array, "T K G W"], PagedCache]:
-    group = call.q.shape[2]
+) -> tuple[Float[Array, "B K G W"], PagedCache]:
+    """Attends the first tokens, as many as there are rows: no other has a query alone."""
+    group, num_rows = call.q.shape[2], call.ragged.kv_lens.shape[0]
     surplus = (0, -group % 8)
     out, cache = tpu_decode.decode(
-        jnp.pad(call.q, ((0, 0), (0, 0), surplus, (0, 0))),
-        new,
+        jnp.pad(call.q[:num_rows], ((0, 0), (0, 0), surplus, (0, 0))),
+        new[:num_rows],
         None if call.sinks is None else jnp.pad(call.sinks, ((0, 0), surplus)),
         cache,
         tpu_decode.Scalars(

@@ -85,8 +85,8 @@ class Scratch(NamedTuple):
 
 
 def decode(
-    q: Float[Array, "T K g W"],
-    new: Float[Array, "T KR C"],
+    q: Float[Array, "B K g W"],
+    new: Float[Array, "B KR C"],
     sinks: Float[Array, "K g"] | None,
     cache: PagedCache,
     scalars: Scalars,
@@ -94,7 +94,7 @@ def decode(
     blocks: DecodeBlocks,
     vmem_limit: int,
     interpret: Any,
-) -> tuple[Float[Array, "T K g W"], PagedCache]:
+) -> tuple[Float[Array, "B K g W"], PagedCache]:
     """Attends the first `scalars.num_decode` tokens, each the last of its request.
 
     Writes their rows, too. `q` is scaled for `scoring`. `new` has the rows to be written, as f32
