@@ -4,17 +4,23 @@ What they compute is tested with all bodies, in test_paged_attention.py. Compili
 extra `tpu`, and no TPU.
 """
 
+from collections import Counter
+
 import jax
+import numpy as np
 import pytest
+from jax.experimental.pallas import tpu as pltpu
 
 from pallasite.pallas_kernels.compile import compile_for
+from pallasite.pallas_kernels.paged_attention import paged_attention
 from pallasite.pallas_kernels.paged_attention.block_table import ENTRIES
-from pallasite.pallas_kernels.target import TARGETS, find_target
+from pallasite.pallas_kernels.target import TARGETS, V6E, find_target
 from tests.pallas_kernels import attention_programs
+from tests.pallas_kernels.attention_cases import BFLOAT16, INT8, Body, Case, Setting
 
 CHIPS = [name for name, target in TARGETS.items() if target.platform == "tpu"]
 HELD_AS = ("float32", "bfloat16", "int8", "float8_e4m3fn")
-SMALL = {"num_heads": 8, "num_kv_heads": 2, "num_tokens": 256, "num_rows": 16, "num_pages": 2048}
+SMALL = {"num_heads": 4, "num_kv_heads": 1, "num_tokens": 256, "num_rows": 16, "num_pages": 4096}
 
 
 def is_held(chip, held_as):
@@ -45,3 +51,86 @@ def check_in_place(report, chip, **options):
 def test_every_kind_of_cache_compiles_for_every_chip(chip, held_as):
     options = {"held_as": held_as, "variant": "all"}
     check_in_place(compiled(chip, **options), chip, **options)
+
+
+@pytest.mark.parametrize(
+    "heads",
+    [
+        {"num_heads": 8, "head_width": 256},
+        {"num_heads": 9, "num_kv_heads": 3, "head_width": 64},
+        {"num_heads": 16, "num_kv_heads": 16, "head_width": 128},
+        {"num_heads": 71, "head_width": 64, "held_as": "int8", "num_pages": 16384},
+        {"num_heads": 4, "num_kv_heads": 2, "head_width": 16},
+    ],
+    ids=str,
+)
+def test_heads_of_any_number_and_width_compile(heads):
+    check_in_place(compiled("tpu:v6e", **heads), "tpu:v6e", **heads)
+
+
+def test_a_bucket_for_decoding_alone_has_one_kernel():
+    report = compiled("tpu:v6e", "lower", num_tokens=16)
+    assert [kernel.name for kernel in report.kernels] == ["paged_attention_decode"]
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.chip}-{entry.shape}")
+def test_an_entry_of_the_table_compiles_for_its_chip(entry):
+    shape = entry.shape
+    options = {
+        "num_heads": shape.key_heads * shape.group,
+        "num_kv_heads": shape.key_heads,
+        "head_width": shape.row[1] if shape.row[0] == 2 else shape.row[1] // 2,
+        "held_as": shape.cache,
+    }
+    assert shape.page == find_target(entry.chip).page_size
+    compiled(entry.chip, **options)
+
+
+class Copies:
+    """Counts the bytes of copies that are started in a kernel, by their size."""
+
+    def __init__(self, monkeypatch):
+        self.counts = Counter()
+        make = pltpu.make_async_copy
+
+        class Counted:
+            def __init__(own, source, target, semaphore):
+                own.copy = make(source, target, semaphore)
+                own.num_bytes = int(np.prod(target.shape)) * target.dtype.itemsize
+
+            def start(own):
+                jax.debug.callback(lambda: self.counts.update([own.num_bytes]))
+                own.copy.start()
+
+            def wait(own):
+                own.copy.wait()
+
+        monkeypatch.setattr(pltpu, "make_async_copy", Counted)
+
+
+@pytest.mark.parametrize("window", [None, 300])
+@pytest.mark.parametrize("held_as", [BFLOAT16, INT8])
+def test_a_decode_step_reads_each_cached_page_once_and_writes_a_tile(held_as, window, monkeypatch):
+    """What a program's copies move: pages that are seen, once, and the new rows' tiles."""
+    copies = Copies(monkeypatch)
+    setting = Setting(
+        **{"T": 5, "K": 1, "G": 2, "H": 128, "page": 128, "held_as": held_as, "max_len": 1300},
+        windows=() if window is None else (window, window),
+    )
+
+    def op(q, kv_new, cache, layer, ragged, config, sinks=None):
+        return paged_attention(q, kv_new, cache, layer, ragged, config, sinks)
+
+    body = Body(name="counted", op=op, target=V6E, interpret=True, settings=(setting,))
+    lens = [1, 128, 129, 700, 1300]
+    Case(body, setting, [(1, n) for n in lens], len(lens)).check()
+    jax.effects_barrier()
+    first_pages = [0 if window is None else max(n - window, 0) // 128 for n in lens]
+    num_pages = sum(-(-n // 128) - first for n, first in zip(lens, first_pages, strict=True))
+    size = held_as.itemsize
+    page_bytes, tile_bytes = 2 * 128 * 128 * size, 2 * (32 // size) * 128 * size
+    expected = {page_bytes: num_pages, tile_bytes: len(lens)}
+    if held_as == INT8:
+        # With a page come its scales, and with a row its page's.
+        expected[2 * 128 * 4] = num_pages + len(lens)
+    assert copies.counts == expected
