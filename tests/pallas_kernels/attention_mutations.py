@@ -9,6 +9,7 @@ was seen. The table of each body is by itself; a body that comes adds its own he
 import sys
 
 from tests.pallas_kernels.attention_mutations_gpu import GPU
+from tests.pallas_kernels.attention_mutations_tpu import TPU
 from tests.pallas_kernels.mutations import Mutation, main
 
 _TESTS = ("tests/pallas_kernels/test_paged_attention.py", "-k", "reference")
@@ -175,7 +176,7 @@ REFERENCE = (
     Mutation(tests=_TESTS, name="half of fp8's range", file="storage.py", old="448}", new="224}"),
 )
 
-MUTATIONS = (*REFERENCE, *GPU)
+MUTATIONS = (*REFERENCE, *GPU, *TPU)
 
 if __name__ == "__main__":
     sys.exit(main(MUTATIONS, *sys.argv[1:]))

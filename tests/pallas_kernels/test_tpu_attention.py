@@ -58,7 +58,7 @@ def test_every_kind_of_cache_compiles_for_every_chip(chip, held_as):
     [
         {"num_heads": 8, "head_width": 256},
         {"num_heads": 9, "num_kv_heads": 3, "head_width": 64},
-        {"num_heads": 16, "num_kv_heads": 16, "head_width": 128},
+        {"num_heads": 16, "num_kv_heads": 16, "head_width": 128, "num_pages": 1024},
         {"num_heads": 71, "head_width": 64, "held_as": "int8", "num_pages": 16384},
         {"num_heads": 4, "num_kv_heads": 2, "head_width": 16},
     ],
