@@ -7,6 +7,7 @@ are, so that one compiled program serves any mix.
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -18,6 +19,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_blocks import (
     prefill_blocks,
     vmem_limit,
 )
+from pallasite.pallas_kernels.paged_attention.tpu_pages import NewRows
 from pallasite.pallas_kernels.paged_attention.tpu_parts import multiplied_as
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Products, Scoring
 from pallasite.pallas_kernels.storage import encode, quantize_rows
@@ -107,14 +109,14 @@ class _Call(NamedTuple):
 
 
 def _decode(
-    call: _Call, new: Float[Array, "T KR C"], cache: PagedCache
+    call: _Call, new: NewRows, cache: PagedCache
 ) -> tuple[Float[Array, "B K G W"], PagedCache]:
     """Attends the first tokens, as many as there are rows: no other has a query alone."""
     group, num_rows = call.q.shape[2], call.ragged.kv_lens.shape[0]
     surplus = (0, -group % 8)
     out, cache = tpu_decode.decode(
         jnp.pad(call.q[:num_rows], ((0, 0), (0, 0), surplus, (0, 0))),
-        new[:num_rows],
+        jax.tree.map(lambda a: a[:num_rows], new),
         None if call.sinks is None else jnp.pad(call.sinks, ((0, 0), surplus)),
         cache,
         tpu_decode.Scalars(
@@ -132,11 +134,11 @@ def _decode(
     return out[:, :, :group], cache
 
 
-def _write(call: _Call, new: Float[Array, "T KR C"], cache: PagedCache) -> PagedCache:
+def _write(call: _Call, new: NewRows, cache: PagedCache) -> PagedCache:
     ragged, page, q_lens = call.ragged, cache.page_size, call.q_lens()
     first = (ragged.kv_lens - q_lens) // page
     counts = jnp.where(q_lens > 0, -(-ragged.kv_lens // page) - first, 0)
-    most = new.shape[0] // page + 2 * ragged.kv_lens.shape[0]
+    most = call.q.shape[0] // page + 2 * ragged.kv_lens.shape[0]
     requests, numbers, total = _count_out(counts, most)
     return tpu_write.write(
         new,
@@ -205,19 +207,17 @@ def _count_out(
     return request, item - (ends - counts)[request], ends[-1]
 
 
-def _new_rows(
-    kv_new: Float[Array, "T K 2 H"], held_as: jnp.dtype, row: tuple[int, int]
-) -> Float[Array, "T KR C"]:
-    """Returns what kernels call new: rows as they are held, in f32, and their scales."""
+def _new_rows(kv_new: Float[Array, "T K 2 H"], held_as: jnp.dtype, row: tuple[int, int]) -> NewRows:
     num_tokens, num_kv_heads = kv_new.shape[:2]
-    shape = (num_tokens, num_kv_heads * row[0], -1)
+    scales = None
     if held_as.itemsize > 1:
-        return join_rows(encode(kv_new, held_as), row).astype(jnp.float32).reshape(shape)
-    rows, scales = quantize_rows(kv_new, held_as)
-    rows = join_rows(rows, row).astype(jnp.float32).reshape(shape)
-    # As `scale_place` has it.
-    scales = jnp.broadcast_to(scales[..., None], (*scales.shape, LANES))
-    return jnp.concatenate([rows, scales.reshape(shape)], axis=2)
+        held = encode(kv_new, held_as)
+    else:
+        held, scales = quantize_rows(kv_new, held_as)
+        scales = scales.reshape(num_tokens, num_kv_heads * 2, 1)
+        scales = jnp.broadcast_to(scales, (*scales.shape[:2], LANES))
+    rows = join_rows(held, row).astype(jnp.float32)
+    return NewRows(rows.reshape(num_tokens, num_kv_heads * row[0], row[1]), scales)
 
 
 def _window(config: AttentionConfig, layer: Int[Array, ""]) -> Int[Array, ""]:

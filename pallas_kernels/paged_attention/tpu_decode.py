@@ -22,6 +22,7 @@ from jaxtyping import Array, Float
 from pallasite.pallas_kernels.paged_attention.contract import PagedCache
 from pallasite.pallas_kernels.paged_attention.tpu_heads import Heads, HeadsScratch
 from pallasite.pallas_kernels.paged_attention.tpu_pages import (
+    NewRows,
     PageBuffers,
     PageReader,
     clear_pages,
@@ -60,10 +61,11 @@ class Scalars(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """Shapes: q [1, K, g, W], new [1, K * R, W or W + 128], sinks [K, g, 128], the cache's own."""
+    """Shapes: q [1, K, g, W]; new of one token, its scales [1, K, 2, 128]; sinks [K, g, 128]; the
+    cache's own."""
 
     q: Any
-    new: Any
+    new: NewRows
     sinks: Any
     cache: PagedCache
 
@@ -86,7 +88,7 @@ class Scratch(NamedTuple):
 
 def decode(
     q: Float[Array, "B K g W"],
-    new: Float[Array, "B KR C"],
+    new: NewRows,
     sinks: Float[Array, "K g"] | None,
     cache: PagedCache,
     scalars: Scalars,
@@ -97,9 +99,8 @@ def decode(
 ) -> tuple[Float[Array, "B K g W"], PagedCache]:
     """Attends the first `scalars.num_decode` tokens, each the last of its request.
 
-    Writes their rows, too. `q` is scaled for `scoring`. `new` has the rows to be written, as f32
-    that the cache's type holds exactly, and scales where `scale_place` has them. `sinks` are in
-    units of log2(e). Rows of other tokens in the result are not written.
+    Writes their new rows, too. `q` is scaled for `scoring`. `sinks` are in units of log2(e). Rows
+    of other tokens in the result are not written.
     """
 
     def of_token(array: jax.Array) -> pl.BlockSpec:
@@ -108,6 +109,10 @@ def decode(
 
     if sinks is not None:
         sinks = jnp.broadcast_to(sinks[..., None], (*sinks.shape, LANES))
+    if new.scales is not None:
+        # As a page's scales lie, so that one goes into them as it is.
+        scales = new.scales.reshape(q.shape[0], q.shape[1], 2, LANES)
+        new = new._replace(scales=scales)
     inputs = Inputs(q, new, sinks, cache)
     in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), cache)
     num_columns = blocks.pages * cache.page_size
@@ -131,7 +136,7 @@ def decode(
             in_specs=[
                 Inputs(
                     of_token(q),
-                    of_token(new),
+                    jax.tree.map(of_token, new),
                     None if sinks is None else pl.BlockSpec(sinks.shape, lambda b, _: (0, 0, 0)),
                     in_hbm,
                 )

@@ -14,6 +14,17 @@ MAX_UNROLLED = 16
 """How many copies are started in a row without a loop, each of which is some scalar work."""
 
 
+class NewRows(NamedTuple):
+    """The rows of new tokens, or references to them.
+
+    Shapes: rows [T, K * R, W], as f32 that the cache's type holds exactly; scales [T, K * 2, 128],
+    equal in all columns, None where the cache has none.
+    """
+
+    rows: Any
+    scales: Any
+
+
 class PageBuffers(NamedTuple):
     """What pages are fetched into, with two slots each.
 
@@ -172,14 +183,6 @@ def narrow(values: Array, dtype: jnp.dtype) -> Array:
     if dtype == jnp.int8:
         values = values.astype(jnp.int32)
     return values.astype(dtype)
-
-
-def scale_place(num_rows: int, head: int, part: int) -> tuple[int, int]:
-    """Returns where a scale is in a token's new rows: a row, and a column after the cached ones.
-
-    Each scale fills 128 columns. Where a key and a value share a row, so do their scales.
-    """
-    return (head * 2 + part, 0) if num_rows == 2 else (head, 128 * part)
 
 
 def tile_rows(page: int, dtype: jnp.dtype) -> int:

@@ -15,12 +15,13 @@ from jaxtyping import Array
 
 from pallasite.pallas_kernels.paged_attention.contract import PagedCache
 from pallasite.pallas_kernels.paged_attention.tpu_pages import (
+    NewRows,
     PageBuffers,
     clear_tiles,
     narrow,
-    scale_place,
     tile_rows,
 )
+from pallasite.pallas_kernels.paged_attention.tpu_products import LANES
 
 
 class RowScratch(NamedTuple):
@@ -77,9 +78,9 @@ class RowWriter(NamedTuple):
         self.scratch.is_written[1] = 0
 
     def write(
-        self, new: Any, slot: Array, index: Array, row: Array, page_id: Array, parity: Array
+        self, new: NewRows, slot: Array, index: Array, row: Array, page_id: Array, parity: Array
     ) -> None:
-        """Writes a token's rows, of the reference `new` [1, K * R, C], as `row` of a page.
+        """Writes a token's rows as `row` of a page; `new` is as the decode kernel's input.
 
         The page is the one of the slot with this index, and `page_id` in the cache, where nothing
         is written if it is none of the cache's. Requests take turns with `parity`.
@@ -105,7 +106,9 @@ class RowWriter(NamedTuple):
                 copy.wait()
             self.scratch.is_written[parity] = 0
 
-    def _insert_row(self, new: Any, slot: Array, index: Array, row: Array, parity: Array) -> None:
+    def _insert_row(
+        self, new: NewRows, slot: Array, index: Array, row: Array, parity: Array
+    ) -> None:
         values = self.buffers.values
         num_heads, num_rows, _, width = values.shape[2:]
         rows = self._rows(row)
@@ -113,7 +116,7 @@ class RowWriter(NamedTuple):
         for head in range(num_heads):
             for part in range(num_rows):
                 place = slot, index, head, part, rows
-                given = new[0, pl.ds(head * num_rows + part, 1), :width]
+                given = new.rows[0, pl.ds(head * num_rows + part, 1)]
                 held = values[place].astype(jnp.float32)
                 held = jnp.where(at < 0, held, jnp.where(at == 0, given, 0.0))
                 held = narrow(held, values.dtype)
@@ -122,19 +125,14 @@ class RowWriter(NamedTuple):
         clear_tiles(self.buffers, slot, index, row // self.tile + 1, self.tile)
 
     def _insert_scales(
-        self, new: Any, slot: Array, index: Array, row: Array, parity: Array
+        self, new: NewRows, slot: Array, index: Array, row: Array, parity: Array
     ) -> None:
-        scales = self.buffers.scales
-        num_heads, num_rows, page, width = self.buffers.values.shape[2:]
-        at = jax.lax.broadcasted_iota(jnp.int32, (1, page), 1) - row
-        for head in range(num_heads):
-            for part in range(2):
-                at_row, column = scale_place(num_rows, head, part)
-                given = new[0, pl.ds(at_row, 1), width + column : width + column + 1]
-                place = slot, index, head, pl.ds(part, 1)
-                held = jnp.where(at < 0, scales[place], jnp.where(at == 0, given, 0.0))
-                scales[place] = held
-                self.scratch.scales[parity, head, pl.ds(part, 1)] = held
+        held, page = self.buffers.scales[slot, index], self.buffers.page
+        at = jax.lax.broadcasted_iota(jnp.int32, held.shape, 2) - row
+        given = jnp.concatenate([new.scales[0]] * pl.cdiv(page, LANES), axis=2)[:, :, :page]
+        held = jnp.where(at < 0, held, jnp.where(at == 0, given, 0.0))
+        self.buffers.scales[slot, index] = held
+        self.scratch.scales[parity] = held
 
     def _rows(self, row: Array) -> Any:
         return pl.ds(pl.multiple_of(row // self.tile * self.tile, self.tile), self.tile)

@@ -12,12 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from pallasite.pallas_kernels.paged_attention.contract import PagedCache
 from pallasite.pallas_kernels.paged_attention.tpu_pages import (
+    NewRows,
     narrow,
-    scale_place,
     tile_rows,
 )
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES
@@ -40,11 +40,11 @@ class Scalars(NamedTuple):
 
 
 class Scratch(NamedTuple):
-    """Shapes: new [2, page, K * R, C]; tile and scales, what the cache holds, [2, K, R, tile,
-    W] and [2, K, 2, page]; values and scales_out, what it shall hold, [2, K, R, page, W] and
+    """Shapes: new, of a page's tokens, twice; tile and scales, what the cache holds, [2, K, R,
+    tile, W] and [2, K, 2, page]; values and scales_out, what it shall hold, [2, K, R, page, W] and
     [2, K, 2, page]; is_written [2] in SMEM; semaphores [2]."""
 
-    new: Any
+    new: NewRows
     tile: Any
     scales: Any
     values: Any
@@ -55,7 +55,7 @@ class Scratch(NamedTuple):
 
 
 def write(
-    new: Float[Array, "T KR C"],
+    new: NewRows,
     cache: PagedCache,
     scalars: Scalars,
     vmem_limit: int,
@@ -63,18 +63,17 @@ def write(
 ) -> PagedCache:
     """Returns the cache with the rows of all pages of `scalars` in their places.
 
-    `new` is as `decode` takes it. Rows between a request's last and the end of its tile may become
+    Rows between a request's last and the end of its tile may become
     anything that is no NaN.
     """
     num_kv_heads, num_rows, page, width = cache.values.shape[2:]
     tile = tile_rows(page, cache.values.dtype)
     # A page's rows are fetched whole, wherever their tokens start.
-    rows_a_token, columns = new.shape[1:]
-    new = jnp.pad(new, ((page, page), (0, 0), (0, 0)))
+    new = jax.tree.map(lambda a: jnp.pad(a, ((page, page), (0, 0), (0, 0))), new)
     has_scales = cache.scales is not None
     scales = pltpu.VMEM((2, num_kv_heads, 2, page), jnp.float32) if has_scales else None
     scratch = Scratch(
-        new=pltpu.VMEM((2, page, rows_a_token, columns), jnp.float32),
+        new=jax.tree.map(lambda a: pltpu.VMEM((2, page, *a.shape[1:]), jnp.float32), new),
         tile=pltpu.VMEM((2, num_kv_heads, num_rows, tile, width), cache.values.dtype),
         scales=scales,
         values=pltpu.VMEM((2, num_kv_heads, num_rows, page, width), cache.values.dtype),
@@ -86,22 +85,23 @@ def write(
     in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), cache)
 
     def kernel(
-        scalars: Scalars, new: Any, _: PagedCache, cache: PagedCache, scratch: Scratch
+        scalars: Scalars, new: NewRows, _: PagedCache, cache: PagedCache, scratch: Scratch
     ) -> None:
         _Kernel(scalars, new, cache, scratch).run()
 
+    num_before = len(scalars) + len(jax.tree.leaves(new))
     num_arrays = len(jax.tree.leaves(cache))
     (result,) = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
             grid=(scalars.num_pages[0],),
-            in_specs=[pl.BlockSpec(memory_space=pl.ANY), in_hbm],
+            in_specs=[jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), new), in_hbm],
             out_specs=(in_hbm,),
             scratch_shapes=(scratch,),
         ),
         out_shape=(jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), cache),),
-        input_output_aliases={len(scalars) + 1 + i: i for i in range(num_arrays)},
+        input_output_aliases={num_before + i: i for i in range(num_arrays)},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("arbitrary",),
             vmem_limit_bytes=vmem_limit,
@@ -121,7 +121,7 @@ class _Page(NamedTuple):
         page_id: where it is in the cache.
         first_row: of the new rows in the page.
         end_row: their end.
-        first_token: of the padded `new`, which row 0 of the page would be.
+        first_token: of the padded new rows, which row 0 of the page would be.
     """
 
     page_id: Array
@@ -134,7 +134,7 @@ class _Kernel(NamedTuple):
     """One grid step: one page."""
 
     scalars: Scalars
-    new: Any
+    new: NewRows
     cache: PagedCache
     scratch: Scratch
 
@@ -218,11 +218,13 @@ class _Kernel(NamedTuple):
         tile = self.cache.values.at[
             (*at, slice(None), slice(None), self.rows(page.first_row // self.tile))
         ]
-        tokens = self.new.at[pl.ds(page.first_token, self.page_size)]
+        tokens = pl.ds(page.first_token, self.page_size)
         copies = [
-            pltpu.make_async_copy(tokens, scratch.new.at[slot], done),
-            pltpu.make_async_copy(tile, scratch.tile.at[slot], done),
+            pltpu.make_async_copy(new.at[tokens], vmem.at[slot], done)
+            for new, vmem in zip(self.new, scratch.new, strict=True)
+            if new is not None
         ]
+        copies.append(pltpu.make_async_copy(tile, scratch.tile.at[slot], done))
         if self.cache.scales is not None:
             scales = self.cache.scales.at[at]
             copies.append(pltpu.make_async_copy(scales, scratch.scales.at[slot], done))
@@ -276,7 +278,7 @@ class _Kernel(NamedTuple):
             is_new = (row >= page.first_row) & (row < page.end_row)
             for head in range(num_heads):
                 for part in range(num_rows):
-                    new = scratch.new[slot, rows, head * num_rows + part, :width]
+                    new = scratch.new.rows[slot, rows, head * num_rows + part]
                     # Only the first tile has rows that were there before.
                     held = scratch.tile[slot, head, part].astype(jnp.float32)
                     is_old = (row < page.first_row) & (index == 0)
@@ -290,15 +292,13 @@ class _Kernel(NamedTuple):
 
     def lay_out_scales(self, page: _Page, slot: Array, rows: Any) -> None:
         scratch = self.scratch
-        num_heads, num_rows, _, width = scratch.values.shape[1:]
         row = rows.start + jax.lax.broadcasted_iota(jnp.int32, (self.tile, self.page_size), 0)
         lane = jax.lax.broadcasted_iota(jnp.int32, (self.tile, self.page_size), 1)
         is_own = (row == lane) & (row >= page.first_row) & (row < page.end_row)
         is_new = jnp.any(is_own, axis=0, keepdims=True)
-        for head in range(num_heads):
+        for head in range(scratch.scales.shape[1]):
             for part in range(2):
-                at_row, column = scale_place(num_rows, head, part)
-                new = scratch.new[slot, rows, at_row, width + column : width + column + LANES]
+                new = scratch.new.scales[slot, rows, head * 2 + part]
                 new = jnp.concatenate([new] * pl.cdiv(self.page_size, LANES), axis=1)
                 new = new[:, : self.page_size]
                 # One row a lane: a sum of it and zeros is a turn from rows to lanes.
