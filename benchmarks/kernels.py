@@ -1,0 +1,193 @@
+"""What the compilers make of the attention kernels, beside those that come with JAX. Static.
+
+No device is asked: kernels are compiled for chips that are not there, and what the compiler has
+made is counted. Bundles are cycles without any stall, a lower bound.
+"""
+
+import argparse
+import dataclasses
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# So that the file can be run by its path, too.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks import kernel_cases, kernel_peers, report
+from benchmarks.kernel_cases import Shapes
+from benchmarks.kernel_figures import Compiler, Figures
+from benchmarks.kernel_goals import verdicts
+from benchmarks.kernel_page import Table, draw, fill_in, tables
+from benchmarks.kernel_work import UnknownRegionsError
+from benchmarks.options import run, say
+from pallasite.models.errors import ConfigError
+from pallasite.pallas_kernels.compile import CompileError, Process
+from pallasite.pallas_kernels.target import Target, find_target
+from pallasite.server.arguments import Parser
+from pallasite.server.flags import FILE, WHOLE
+
+RAGGED_BLOCKS = (8, 32)
+"""Pages and queries of a block of JAX's ragged_paged_attention, by its own table of sizes."""
+
+RAGGED_DECODE_BLOCKS = (8, 2)
+"""Sizes that suit it better where each request has one query."""
+
+GPU_KERNELS = {
+    "gpu_decode_case": ("decode", "merge"),
+    "gpu_prefill_case": ("prefill",),
+    "gpu_write_case": ("write",),
+}
+"""Kernels of each case of Pallasite's for GPUs."""
+
+
+def main() -> None:
+    """Compiles and prints. Raises ConfigError where it cannot."""
+    args = _arguments()
+    if args.plot is not None:
+        report.check_plot()
+    figures: list[Figures] = []
+    for name in args.target:
+        figures += _figures(_target(name), args)
+    made = [*tables(figures), _goals(figures)]
+    for table in made:
+        print(report.table(f"{table.title} (static)", table.headers, table.rows), end="\n\n")
+    print(
+        "Static: read off the compiler, stalls not included. Only Pallasite's decode writes the"
+        " cache, too.\nGHz: the clock below which it is not memory that decode waits for. Compile"
+        " times are this machine's."
+    )
+    if args.output is not None:
+        report.write_json(args.output, _result(figures, args))
+    if args.document is not None:
+        fill_in(args.document, made)
+    if args.plot is not None:
+        draw(args.plot, figures)
+
+
+def _figures(target: Target, args: argparse.Namespace) -> Iterator[Figures]:
+    shapes = Shapes(
+        num_heads=args.heads,
+        num_kv_heads=args.kv_heads,
+        head_width=args.head_width,
+        page=args.page_size or target.page_size,
+    )
+    compiler = Compiler(target=target, shapes=shapes, process=Process(python=args.python))
+    make = {"tpu": _tpu_figures, "gpu": _gpu_figures}[target.platform]
+    try:
+        yield from make(compiler, args.against == "jax")
+    except (CompileError, UnknownRegionsError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _tpu_figures(compiler: Compiler, has_peers: bool) -> Iterator[Figures]:
+    for cache in ("bfloat16", _cache_of_8_bits(compiler.target)):
+        held = _with_cache(compiler, cache)
+        yield _said(held.decode())
+        yield _said(held.prefill())
+        yield _said(held.write())
+        if not has_peers:
+            continue
+        decode, prefill = held.ragged(*RAGGED_BLOCKS)
+        yield _said(decode)
+        yield prefill
+        yield _said(held.ragged(*RAGGED_DECODE_BLOCKS)[0])
+    if has_peers:
+        # Its only form of 8 bits is int8.
+        for cache in ("bfloat16", "int8"):
+            held = _with_cache(compiler, cache)
+            yield _said(held.paged(max(2048 // compiler.shapes.page, 1)))
+
+
+def _gpu_figures(compiler: Compiler, has_peers: bool) -> Iterator[Figures]:
+    for cache in ("bfloat16", "int8", "float8_e4m3fn"):
+        held = _with_cache(compiler, cache)
+        for case, names in GPU_KERNELS.items():
+            named = {f"paged_attention_{name}": f"Pallasite {name}" for name in names}
+            yield from map(_said, held.gpu(kernel_cases, case, named))
+    if has_peers:
+        for cache in ("bfloat16", "int8"):
+            held = _with_cache(compiler, cache)
+            paged = {"paged_attention": "JAX paged_attention"}
+            yield from map(_said, held.gpu(kernel_peers, "gpu_paged_case", paged))
+        whole = {"mha_forward": "JAX mha"}
+        yield from map(_said, compiler.gpu(kernel_peers, "gpu_mha_case", whole))
+
+
+def _with_cache(compiler: Compiler, cache: str) -> Compiler:
+    return replace(compiler, shapes=replace(compiler.shapes, cache=cache))
+
+
+def _cache_of_8_bits(target: Target) -> str:
+    return "int8" if target.multiplies_int8 else "float8_e4m3fn"
+
+
+def _said(figures: Any) -> Any:
+    say(f"{figures.chip}: {figures.kernel} with {figures.cache}, {figures.compile_s:.1f} s")
+    return figures
+
+
+def _goals(figures: list[Figures]) -> Table:
+    return Table(
+        name="goals",
+        title="goals of Pallasite's",
+        headers=("chip", "figure", "goal", "static", ""),
+        rows=tuple(verdicts(figures)),
+    )
+
+
+def _result(figures: list[Figures], args: argparse.Namespace) -> dict[str, Any]:
+    kinds: dict[str, list[Any]] = {}
+    for one in figures:
+        kinds.setdefault(type(one).__name__, []).append(dataclasses.asdict(one))
+    names = ("pallasite", "jax", "jaxlib", "libtpu")
+    return {
+        "made": "static",
+        "shapes": {name: getattr(args, name) for name in ("heads", "kv_heads", "head_width")},
+        "versions": {name: importlib.metadata.version(name) for name in names},
+        "figures": kinds,
+    }
+
+
+def _target(name: str) -> Target:
+    try:
+        target = find_target(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not target.topology:
+        raise ConfigError(f"got --target {name}, which is no one chip; name one, such as tpu:v6e")
+    return target
+
+
+def _arguments() -> argparse.Namespace:
+    parser = Parser(prog="python -m benchmarks.kernels", description="Static figures of kernels.")
+    parser.add_argument(
+        "--target", action="append", required=True, metavar="CHIP", help="such as tpu:v6e; repeat"
+    )
+    parser.add_argument("--against", choices=("jax",), help="compile JAX's kernels, too")
+    for flag, default, text in (
+        ("--heads", Shapes.num_heads, "query heads"),
+        ("--kv-heads", Shapes.num_kv_heads, "key heads"),
+        ("--head-width", Shapes.head_width, "width of a head"),
+    ):
+        text = f"{text} (default: {default})"
+        parser.add_argument(flag, type=WHOLE, default=default, metavar="N", help=text)
+    parser.add_argument(
+        "--page-size", type=WHOLE, metavar="N", help="tokens of a page (default: the chip's)"
+    )
+    parser.add_argument(
+        "--python",
+        default=sys.executable,
+        metavar="FILE",
+        help="an interpreter that has the compiler (default: this one)",
+    )
+    parser.add_argument("--plot", type=FILE, metavar="FILE", help="draw the figures as a PNG")
+    parser.add_argument("--document", type=FILE, metavar="FILE", help="a page to fill in")
+    parser.add_argument("--output", type=FILE, metavar="FILE", help="write the figures as JSON")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))

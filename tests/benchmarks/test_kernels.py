@@ -1,0 +1,192 @@
+"""Kernels' static figures: a region is counted as often as it runs, or the count is refused."""
+
+import ast
+import inspect
+from dataclasses import replace
+
+import pytest
+from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel
+from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged_kernel
+
+from benchmarks import kernel_counts
+from benchmarks.kernel_cases import Shapes
+from benchmarks.kernel_counts import Count
+from benchmarks.kernel_figures import UNIT, Compiler, PrefillFigures
+from benchmarks.kernel_goals import verdicts
+from benchmarks.kernel_page import END, MARK, fill_in, tables
+from benchmarks.kernel_work import UnknownRegionsError, find, work
+from pallasite.models.errors import ConfigError
+from pallasite.pallas_kernels.compile import Dma, Kernel, Process, Region, Work
+from pallasite.pallas_kernels.paged_attention import (
+    tpu_decode,
+    tpu_heads,
+    tpu_pages,
+    tpu_parts,
+    tpu_prefill,
+    tpu_row,
+    tpu_write,
+)
+from pallasite.pallas_kernels.target import V6E
+
+OURS = (tpu_decode, tpu_heads, tpu_pages, tpu_parts, tpu_prefill, tpu_row, tpu_write)
+
+
+def region(path, kind="branch", bundles=1, trips=None, parts=()):
+    return Region(
+        path=path,
+        name=path.rpartition("/")[2].partition("#")[0],
+        kind=kind,
+        trips=trips,
+        share=None,
+        own=Work(bundles=bundles, slots={"MXU": bundles}),
+        functions={},
+        parts=tuple(parts),
+    )
+
+
+def kernel(*parts, dmas=()):
+    root = replace(region("", "kernel", 0, parts=parts), own=Work(dmas=dmas))
+    return Kernel(name="toy", instruction="toy.1", root=root, capacity={"MXU": 2})
+
+
+TOY = kernel(
+    region("grid", "loop", 10, parts=[
+        region("grid/fetch", bundles=100, parts=[region("grid/fetch/page", "loop", 1000, trips=8)]),
+        region("grid/fetch#2", bundles=7),
+        region("grid/some", bundles=5, parts=[region("grid/some/page", "loop", 3)]),
+    ])
+)  # fmt: skip
+
+
+def test_a_region_counts_as_often_as_its_longest_name_says():
+    count = Count(times={"grid": 2, "fetch": 0.5, "some": 1, "page": 4, "some/page": 6})
+    assert work(TOY, "", count).bundles == 2 * (10 + 0.5 * (100 + 4 * 1000 + 7) + 5 + 6 * 3)
+    assert work(TOY, "grid", replace(count, times=dict(count.times) | {"grid": 0})).bundles == (
+        10 + 0.5 * (100 + 4 * 1000 + 7) + 5 + 6 * 3
+    )
+
+
+def test_what_the_program_says_needs_no_count_and_what_is_skipped_has_none():
+    count = Count(times={"fetch": 1, "some": 0}, scale=1 / 4)
+    assert work(TOY, "grid", count).bundles == (10 + 100 + 8 * 1000 + 7) / 4
+
+
+@pytest.mark.parametrize(
+    ("times", "named"),
+    [
+        ({"fetch": 1}, "grid/some"),
+        ({"fetch": 1, "some": 1}, "grid/some/page"),
+        ({"fetch": 1, "some": 0, "gone": 1}, "gone"),
+        ({"fetch": 1, "some": 0, "some/fetch": 1}, "some/fetch"),
+    ],
+)
+def test_a_kernel_that_has_changed_is_refused(times, named):
+    with pytest.raises(UnknownRegionsError, match=named):
+        work(TOY, "grid", Count(times=times))
+
+
+def test_what_a_count_may_lack_need_not_be_there():
+    count = Count(times={"fetch": 1, "some": 0, "gone": 1}, may_lack=frozenset({"gone"}))
+    assert work(TOY, "grid", count).bundles == 10 + 100 + 8 * 1000 + 7
+
+
+def test_a_region_of_no_or_two_places_is_refused():
+    assert find(TOY.root, "some/page").path == "grid/some/page"
+    for name in ("page", "fetch", "gone"):
+        with pytest.raises(UnknownRegionsError, match=f"'{name}'"):
+            find(TOY.root, name)
+
+
+def test_a_copy_of_unknown_size_that_is_never_made_is_left_out():
+    unknown = replace(
+        region("grid/late"), own=Work(dmas=(Dma(kind="hbm_to_vmem", num_bytes=None, count=1),))
+    )
+    known = Work(dmas=(Dma(kind="hbm_to_vmem", num_bytes=64, count=3),))
+    made = kernel(replace(region("grid", "loop", parts=[unknown]), own=known))
+    assert work(made, "grid", Count(times={"late": 0})).dma_bytes == 192
+
+
+def defined(module):
+    """Names of all functions of a module, inner ones too."""
+    tree = ast.parse(inspect.getsource(module))
+    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize(
+    ("count", "modules"),
+    [
+        (kernel_counts.decode(2048, 128, 16, 4, 16), OURS),
+        (kernel_counts.prefill_block(1), OURS),
+        (kernel_counts.write_page(128, 16), OURS),
+        (kernel_counts.ragged_decode(2048, 1024, 2), (ragged_kernel,)),
+        (kernel_counts.ragged_prefill_block(1), (ragged_kernel,)),
+        (kernel_counts.paged_decode(2048, 2048, 8), (paged_attention_kernel,)),
+    ],
+    ids=["decode", "prefill", "write", "ragged decode", "ragged prefill", "paged"],
+)
+def test_every_name_that_is_counted_is_a_function_of_the_kernel(count, modules):
+    names = {name for path in count.times for name in path.split("/")} - {"if"}
+    assert names <= set().union(*map(defined, modules))
+
+
+@pytest.fixture(scope="module")
+def small():
+    shapes = Shapes(num_heads=4, num_kv_heads=1, num_requests=8, max_len=4096)
+    return Compiler(target=V6E, shapes=shapes, process=Process()).decode()
+
+
+def test_a_small_decode_is_compiled_and_counted(small):
+    assert small.blocks == "pages 16, piece_pages 4, heads 1"
+    # A long request shares its start and its write among many blocks; pieces take longer.
+    assert 0 < small.bundles < small.request < small.uneven
+    assert small.num_dmas >= 16
+    cached = UNIT * 2 * 128 * 2
+    assert cached < small.dma_bytes < 1.05 * cached
+    assert small.clock_hz == pytest.approx(small.bundles / (small.dma_bytes / 1.64e12))
+    assert 0 < small.use["MXU"] < 1
+    assert small.compile_s > 0
+
+
+PREFILL = PrefillFigures(
+    chip="tpu:v6e",
+    kernel="Pallasite",
+    cache="int8",
+    compile_s=21.25,
+    bundles=5000,
+    use={"MXU": 0.7, "VALU": 0.6},
+    fills=1,
+    spills=2,
+    vmem_bytes=2**20,
+)
+
+
+def test_goals_are_kept_or_missed(small):
+    of_prefill = [verdict[1:] for verdict in verdicts([PREFILL])]
+    assert of_prefill == [
+        ("prefill, int8: matrix unit in use", ">= 70%", "70.0%", "kept"),
+        ("prefill, int8: compile, s", "<= 20", "21.2", "missed"),
+    ]
+    bundles, *_ = verdicts([replace(small, request=2901.0)])
+    assert bundles == (
+        "tpu:v6e", "decode, bfloat16: bundles of 2,048 tokens", "<= 2,900", "2,901", "missed"
+    )  # fmt: skip
+    assert list(verdicts([replace(PREFILL, kernel="JAX ragged_paged_attention")])) == []
+
+
+def test_tables_go_between_their_marks_alone(tmp_path, small):
+    page = tmp_path / "page.md"
+    marks = [MARK.format(name) for name in ("decode", "prefill")]
+    page.write_text(f"Before\n\n{marks[0]}\nold\n{END}\nbetween\n{marks[1]}\n{END}\nafter\n")
+    fill_in(page, tables([small, PREFILL]))
+    first = page.read_text()
+    lines = first.splitlines()
+    assert [line for line in lines if "|" not in line] == [
+        "Before", "", marks[0], END, "between", marks[1], END, "after"
+    ]  # fmt: skip
+    assert "old" not in first
+    assert "| tpu:v6e | Pallasite | int8 |" in first
+    fill_in(page, tables([small, PREFILL]))
+    assert page.read_text() == first
+    page.write_text("no marks\n")
+    with pytest.raises(ConfigError, match="kernels: decode"):
+        fill_in(page, tables([small]))
