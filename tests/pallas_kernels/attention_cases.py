@@ -112,8 +112,11 @@ class Body:
 
     def run(self, setting: Setting, *arguments: Any, sinks: Any = None) -> Any:
         """Runs the op, compiled once for each setting, on q, kv_new, cache, layer and ragged."""
-        jitted = _JITTED.setdefault(self.op, jax.jit(self.op, static_argnames="config"))
-        return jitted(*arguments, config=self.config(setting), sinks=sinks)
+        key = (self.op, bool(self.interpret))
+        if key not in _JITTED:
+            options = _QUICK if self.interpret else None
+            _JITTED[key] = jax.jit(self.op, static_argnames="config", compiler_options=options)
+        return _JITTED[key](*arguments, config=self.config(setting), sinks=sinks)
 
     def assert_close(self, setting: Setting, ours: np.ndarray, right: np.ndarray) -> None:
         """Holds outputs [t, N, H] of N(0, 1) inputs to the tolerance of their types.
@@ -137,7 +140,10 @@ class Body:
         assert np.linalg.norm(errors) <= 2.0**-8 * np.linalg.norm(sizes) + floor
 
 
-_JITTED: dict[Callable[..., Any], Callable[..., Any]] = {}
+_JITTED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
+
+# An interpreted kernel is a large program that nobody else compiles: quickly is well enough.
+_QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
 
 
 class Case:
