@@ -1,10 +1,9 @@
 """The TPU kernel for requests with one query: the cache is read once, and the new rows are written.
 
 Requests run one after another; the pages of one are fetched in blocks while the block before is
-attended to, across the borders between requests. A block whose rows are all cached tokens is taken
-whole. The last block of a request rarely is one, so it is taken in smaller pieces, as many as it
-needs, and what lies in its buffer beyond the cached tokens becomes zeros first: it may hold
-anything, and 0 * NaN is NaN.
+attended to, across the borders between requests. A block that is at most half full, as a request's
+last one may be, is taken in pieces, as many as it needs. What lies in a buffer beyond the cached
+tokens becomes zeros first: it may hold anything, and 0 * NaN is NaN.
 
 This file knows no ragged batches, and nothing of how queries come to be in rows as wide as the
 cache's.
@@ -274,14 +273,24 @@ class _Kernel(NamedTuple):
         page_id = self.reader.page_id(request, first + index)
         self.writer.write(self.inputs.new, slot, index, row, page_id, request % 2)
         piece = self.blocks.piece_pages
-        clear_pages(self.scratch.pages, slot, num_pages, pl.cdiv(num_pages, piece) * piece)
+        end = jnp.where(
+            self.is_large(num_pages), self.blocks.pages, self.num_pieces(num_pages) * piece
+        )
+        clear_pages(self.scratch.pages, slot, num_pages, end)
+
+    def is_large(self, num_pages: Array) -> Array:
+        """Whether a block is taken at once: in pieces, more than half of it costs no less."""
+        return 2 * num_pages > self.blocks.pages
+
+    def num_pieces(self, num_pages: Array) -> Array:
+        return pl.cdiv(num_pages, self.blocks.piece_pages)
 
     def attend_block(self, request: Array, block: Array, slot: Array) -> None:
         first, num_pages = self.block_pages(request, block)
         start, kv_len = first * self.page, self.scalars.kv_lens[request]
         first_seen, end_seen = self.first_position(request) - start, kv_len - start
-        is_whole = end_seen >= self.blocks.pages * self.page
         piece = self.blocks.piece_pages
+        is_whole, is_large = end_seen >= self.blocks.pages * self.page, self.is_large(num_pages)
 
         def attend(pages: Any, *, has_end: bool) -> None:
             shape = (self.inputs.q.shape[2], pages.size * self.page)
@@ -291,13 +300,18 @@ class _Kernel(NamedTuple):
                 seen = row < end_seen if seen is None else seen & (row < end_seen)
             self.heads.attend(slot, pages, seen)
 
+        # The same but for a mask, which costs registers.
         @pl.when(is_whole)
         def attend_whole() -> None:
             attend(pl.ds(0, self.blocks.pages), has_end=False)
 
-        @pl.when(~is_whole)
+        @pl.when(is_large & ~is_whole)
+        def attend_most() -> None:
+            attend(pl.ds(0, self.blocks.pages), has_end=True)
+
+        @pl.when(~is_large)
         def attend_pieces() -> None:
             def attend_piece(index: Array, _: None) -> None:
                 attend(pl.ds(index * piece, piece), has_end=True)
 
-            jax.lax.fori_loop(0, pl.cdiv(num_pages, piece), attend_piece, None)
+            jax.lax.fori_loop(0, self.num_pieces(num_pages), attend_piece, None)
