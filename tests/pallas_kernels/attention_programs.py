@@ -1,7 +1,11 @@
 """The paged attention op of a serving step, to be compiled for any target by `compile_for`."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from pallasite.pallas_kernels.compile import Case
 from pallasite.pallas_kernels.paged_attention import (
@@ -69,6 +73,37 @@ def step(
         return paged_attention(q, kv_new, cache, layer, Ragged(**batch), config, sinks)
 
     return Case(function, (q, kv_new, cache, _ints(), batch, sinks), donated=(2,))
+
+
+def layers(target: Target, *, num_devices: int = 4, **options: Any) -> Case:
+    """`step` as a model has it: in a loop over layers, heads and cache shared out to devices."""
+    one = step(target, **options)
+    q, kv_new, cache, _, batch, _ = one.arguments
+    mesh = jax.sharding.AbstractMesh((num_devices,), ("model",))
+    heads, cached = P(None, "model"), P(None, None, "model")
+
+    def place(tree: Any, spec: P) -> Any:
+        sharding = NamedSharding(mesh, spec)
+        return jax.tree.map(
+            lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree
+        )
+
+    def part(
+        q: jax.Array, kv_new: jax.Array, cache: PagedCache, batch: dict[str, jax.Array]
+    ) -> tuple[jax.Array, PagedCache]:
+        def layer(
+            index: jax.Array, carry: tuple[jax.Array, PagedCache]
+        ) -> tuple[jax.Array, PagedCache]:
+            x, cache = carry
+            return one.function(x, kv_new, cache, index, batch, None)
+
+        return jax.lax.fori_loop(0, NUM_LAYERS, layer, (q, cache))
+
+    function = jax.shard_map(
+        part, in_specs=(heads, heads, cached, P()), out_specs=(heads, cached), check_vma=False
+    )
+    arguments = (place(q, heads), place(kv_new, heads), place(cache, cached), place(batch, P()))
+    return Case(function, arguments, donated=(2,), mesh=mesh)
 
 
 def cache_bytes(case: Case) -> int:

@@ -73,6 +73,15 @@ def test_a_bucket_for_decoding_alone_has_one_kernel():
     assert [kernel.name for kernel in report.kernels] == ["paged_attention_decode"]
 
 
+def test_a_loop_over_layers_on_a_mesh_keeps_the_cache_in_place():
+    options = SMALL | {"num_heads": 32, "num_kv_heads": 8, "held_as": "int8"}
+    report = compile_for(f"{attention_programs.__name__}:layers", "tpu:v6e", options, "compile")
+    cache = attention_programs.cache_bytes(attention_programs.step(V6E, **options))
+    assert report.memory.aliased == cache // 4
+    assert report.memory.temporaries < cache // 256
+    assert report.num_copies(cache // 256) == 0
+
+
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.chip}-{entry.shape}")
 def test_an_entry_of_the_table_compiles_for_its_chip(entry):
     shape = entry.shape
