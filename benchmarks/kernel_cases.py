@@ -29,6 +29,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_blocks import (
     vmem_limit,
 )
 from pallasite.pallas_kernels.paged_attention.tpu_decode import DecodeBlocks
+from pallasite.pallas_kernels.paged_attention.tpu_pages import NewRows
 from pallasite.pallas_kernels.paged_attention.tpu_parts import multiplied_as
 from pallasite.pallas_kernels.paged_attention.tpu_prefill import PrefillBlocks
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Products, Scoring
@@ -87,11 +88,13 @@ class Shapes:
             return PagedCache(values=values)
         return PagedCache(values=values, scales=struct((*heads, 2, self.page), jnp.float32))
 
-    def new_rows(self, target: Target, num_tokens: int) -> jax.ShapeDtypeStruct:
-        """Returns what the TPU's kernels call new."""
+    def new_rows(self, target: Target, num_tokens: int) -> NewRows:
+        """Returns the rows of new tokens as the TPU's kernels take them."""
         num_rows, width = target.cache_row(self.head_width)
-        scales = LANES * (3 - num_rows) if self.held_as.itemsize == 1 else 0
-        return struct((num_tokens, self.num_kv_heads * num_rows, width + scales), jnp.float32)
+        rows = struct((num_tokens, self.num_kv_heads * num_rows, width), jnp.float32)
+        if self.held_as.itemsize > 1:
+            return NewRows(rows, None)
+        return NewRows(rows, struct((num_tokens, self.num_kv_heads * 2, LANES), jnp.float32))
 
     def scoring(self, target: Target) -> Scoring:
         """Returns scores without a cap or windows."""
@@ -187,10 +190,10 @@ def gpu_write_case(target: Target, shapes: dict[str, Any]) -> Case:
     s = Shapes(**shapes)
     kv_new = struct((s.num_tokens, s.num_kv_heads, 2, s.head_width), jnp.float32)
 
-    def function(kv_new: Any, cache: PagedCache, layer: Any, ragged: Ragged) -> PagedCache:
-        return gpu_write.write(kv_new, cache, layer, ragged, _config(s, target))
+    def function(kv_new: Any, cache: PagedCache, layer: Any, batch: dict[str, Any]) -> PagedCache:
+        return gpu_write.write(kv_new, cache, layer, Ragged(**batch), _config(s, target))
 
-    arguments = kv_new, s.paged_cache(target), ints(), _ragged(s, s.num_tokens)
+    arguments = kv_new, s.paged_cache(target), ints(), _batch(s, s.num_tokens)
     return Case(function, arguments, donated=(1,))
 
 
@@ -198,9 +201,9 @@ def gpu_decode_case(target: Target, shapes: dict[str, Any]) -> Case:
     """The GPU's decode: parts of requests, and what merges them."""
     s = Shapes(**shapes)
 
-    def function(q: Any, cache: PagedCache, layer: Any, ragged: Ragged) -> Any:
+    def function(q: Any, cache: PagedCache, layer: Any, batch: dict[str, Any]) -> Any:
         config = _config(s, target)
-        inputs = Inputs.make(q, cache, layer, ragged, config, None)
+        inputs = Inputs.make(q, cache, layer, Ragged(**batch), config, None)
         return gpu_decode.attend_decode(inputs, config)
 
     return Case(function, _gpu_arguments(s, target, s.num_requests))
@@ -210,9 +213,9 @@ def gpu_prefill_case(target: Target, shapes: dict[str, Any]) -> Case:
     """The GPU's prefill."""
     s = Shapes(**shapes)
 
-    def function(q: Any, cache: PagedCache, layer: Any, ragged: Ragged) -> Any:
+    def function(q: Any, cache: PagedCache, layer: Any, batch: dict[str, Any]) -> Any:
         config = _config(s, target)
-        inputs = Inputs.make(q, cache, layer, ragged, config, None)
+        inputs = Inputs.make(q, cache, layer, Ragged(**batch), config, None)
         return gpu_prefill.attend_prefill(inputs, jnp.zeros(q.shape, jnp.float32), config)
 
     return Case(function, _gpu_arguments(s, target, s.num_tokens))
@@ -233,18 +236,19 @@ def plain(shapes: Any) -> dict[str, Any]:
 
 def _gpu_arguments(s: Shapes, target: Target, num_tokens: int) -> tuple[Any, ...]:
     q = struct((num_tokens, s.num_heads, s.head_width), jnp.float32)
-    return q, s.paged_cache(target), ints(), _ragged(s, num_tokens)
+    return q, s.paged_cache(target), ints(), _batch(s, num_tokens)
 
 
-def _ragged(s: Shapes, num_tokens: int) -> Ragged:
-    return Ragged(
-        positions=ints(num_tokens),
-        kv_lens=ints(s.num_requests),
-        query_starts=ints(s.num_requests + 1),
-        page_table=ints(s.num_requests, s.pages_a_row),
-        num_requests=ints(),
-        num_decode=ints(),
-    )
+def _batch(s: Shapes, num_tokens: int) -> dict[str, Any]:
+    """Returns what `Ragged` is made of."""
+    return {
+        "positions": ints(num_tokens),
+        "kv_lens": ints(s.num_requests),
+        "query_starts": ints(s.num_requests + 1),
+        "page_table": ints(s.num_requests, s.pages_a_row),
+        "num_requests": ints(),
+        "num_decode": ints(),
+    }
 
 
 def _config(s: Shapes, target: Target) -> AttentionConfig:

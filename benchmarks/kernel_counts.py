@@ -17,10 +17,11 @@ def decode(num_tokens: int, page: int, block_pages: int, piece_pages: int, tile:
     """
     num_pages, block_tokens = -(-num_tokens // page), block_pages * page
     num_blocks = -(-num_pages // block_pages)
-    has_pieces = num_tokens % block_tokens > 0
     last_pages = num_pages - (num_blocks - 1) * block_pages
-    num_pieces = -(-last_pages // piece_pages)
     is_cut = last_pages < block_pages
+    is_masked = num_tokens % block_tokens > 0
+    is_large = 2 * last_pages > block_pages
+    num_pieces = -(-last_pages // piece_pages)
     return Count(
         times={
             "if": 1,
@@ -29,16 +30,17 @@ def decode(num_tokens: int, page: int, block_pages: int, piece_pages: int, tile:
             "fetch_next": 1,
             "fetch_whole_block": (num_blocks - is_cut) / num_blocks,
             "fetch_some": is_cut / num_blocks,
-            "fetch_some/fetch_page": last_pages if is_cut else 0,
+            "fetch_some/fetch_page": last_pages,
             "wait_for_some": is_cut / num_blocks,
-            "wait_for_page": last_pages if is_cut else 0,
+            "wait_for_page": last_pages,
             "finish_block": 1 / num_blocks,
             # Behind the new row, to the end of its page.
             "clear_tile": page // tile - ((num_tokens - 1) % page // tile + 1),
-            "clear_page": num_pieces * piece_pages - last_pages if is_cut else 0,
-            "attend_whole": (num_blocks - has_pieces) / num_blocks,
-            "attend_pieces": has_pieces / num_blocks,
-            "attend_piece": num_pieces if has_pieces else 0,
+            "clear_page": (block_pages if is_large else num_pieces * piece_pages) - last_pages,
+            "attend_whole": (num_blocks - is_masked) / num_blocks,
+            "attend_most": (is_masked and is_large) / num_blocks,
+            "attend_pieces": (not is_large) / num_blocks,
+            "attend_piece": num_pieces,
             "wait_for_rows": 0,
         },
         # Of few copies the compiler makes no branch.

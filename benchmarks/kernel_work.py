@@ -93,18 +93,25 @@ def find(root: Region, name: str) -> Region:
 def _reached(
     region: Region, count: Count, times: dict[str, Number], used: set[str]
 ) -> Iterator[Region]:
-    """Yields the parts that are reached, after it has noted in `times` how often."""
+    """Yields the parts that are reached, after it has noted in `times` how often.
+
+    Names of `count` that are there at all go to `used`.
+    """
     for part in region.parts:
-        fitting = [name for name in count.times if _ends(part.path, name)]
-        if fitting:
-            name = max(fitting, key=lambda name: name.count("/"))
-            used.add(name)
-            times[part.path] = count.times[name]
+        if fitting := _fitting(part, count):
+            times[part.path] = count.times[max(fitting, key=lambda name: name.count("/"))]
+            used |= fitting
         yield part
         if times.get(part.path, 1):
             yield from _reached(part, count, times, used)
         else:
-            times |= {inner.path: 0 for inner in part.walk()}
+            for inner in part.walk():
+                times[inner.path] = 0
+                used |= _fitting(inner, count)
+
+
+def _fitting(region: Region, count: Count) -> set[str]:
+    return {name for name in count.times if _ends(region.path, name)}
 
 
 def _ends(path: str, name: str) -> bool:

@@ -1,14 +1,16 @@
 """Kernels' static figures: a region is counted as often as it runs, or the count is refused."""
 
 import ast
+import dataclasses
 import inspect
 from dataclasses import replace
 
+import jax
 import pytest
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged_kernel
 
-from benchmarks import kernel_counts
+from benchmarks import kernel_cases, kernel_counts
 from benchmarks.kernel_cases import Shapes
 from benchmarks.kernel_counts import Count
 from benchmarks.kernel_figures import UNIT, Compiler, PrefillFigures
@@ -26,7 +28,7 @@ from pallasite.pallas_kernels.paged_attention import (
     tpu_row,
     tpu_write,
 )
-from pallasite.pallas_kernels.target import V6E
+from pallasite.pallas_kernels.target import H100, V6E
 
 OURS = (tpu_decode, tpu_heads, tpu_pages, tpu_parts, tpu_prefill, tpu_row, tpu_write)
 
@@ -129,10 +131,30 @@ def test_every_name_that_is_counted_is_a_function_of_the_kernel(count, modules):
     assert names <= set().union(*map(defined, modules))
 
 
+SMALL = Shapes(num_heads=4, num_kv_heads=1, num_requests=8, num_tokens=256, max_len=4096)
+
+
+@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
+@pytest.mark.parametrize(
+    ("case", "target", "page"),
+    [
+        (kernel_cases.tpu_decode_case, V6E, 128),
+        (kernel_cases.tpu_prefill_case, V6E, 128),
+        (kernel_cases.tpu_write_case, V6E, 128),
+        (kernel_cases.gpu_decode_case, H100, 32),
+        (kernel_cases.gpu_prefill_case, H100, 32),
+        (kernel_cases.gpu_write_case, H100, 32),
+    ],
+)
+def test_a_case_gives_its_kernel_what_it_takes(case, target, page, cache):
+    shapes = replace(SMALL, page=page, cache=cache)
+    made = case(target, dataclasses.asdict(shapes))
+    assert jax.tree.leaves(jax.eval_shape(made.function, *made.arguments))
+
+
 @pytest.fixture(scope="module")
 def small():
-    shapes = Shapes(num_heads=4, num_kv_heads=1, num_requests=8, max_len=4096)
-    return Compiler(target=V6E, shapes=shapes, process=Process()).decode()
+    return Compiler(target=V6E, shapes=SMALL, process=Process()).decode()
 
 
 def test_a_small_decode_is_compiled_and_counted(small):
