@@ -6,6 +6,7 @@ pages, rows, forms and what the compiler is asked for.
 
 from dataclasses import replace
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -77,3 +78,30 @@ def test_an_fp8_cache_is_planned_where_it_is_multiplied(target, be):
     assert planned.cache_spec.form == "fp8"
     assert planned.model.target is target
     assert planned.memory_plan(0, None).cache == planned.cache_spec.num_bytes > 0
+
+
+@pytest.mark.parametrize("target", [V6E, H100], ids=lambda target: target.name)
+def test_kernels_answer_as_the_definition_does(target, engines, be, monkeypatch, request, rng):
+    """The target's own kernels in an interpreter, under the engine's buckets, pages and padding."""
+    kernels = paged_attention._BODIES[target.platform]
+    requests = [
+        greedy(random_prompt(rng, n), max_tokens=4, ignore_eos=True) for n in (1, 31, 130, 7)
+    ]
+    right = tokens(engines.get(MAIN).generate(requests))
+    be(target)
+
+    def interpreted(q, kv_new, cache, layer, ragged, config, sinks):
+        config = replace(config, interpret=True)
+        return kernels(q, kv_new, cache, layer, ragged, config, sinks)
+
+    monkeypatch.setitem(paged_attention._BODIES, target.platform, interpreted)
+    # An interpreted kernel is a large program; what the compiler makes of it is not in question.
+    unhurried = jax.config.values["jax_disable_most_optimizations"]
+    request.addfinalizer(lambda: jax.config.update("jax_disable_most_optimizations", unhurried))
+    jax.config.update("jax_disable_most_optimizations", True)
+    config = replace(MAIN, max_requests=2, max_batch_tokens=8, num_pages=20, compile_cache=None)
+    with Engine.load(engines.checkpoint, config) as engine:
+        got = tokens(engine.generate(requests))
+        assert engine.metrics.misses == 0
+        assert_quiet(engine)
+    assert_same_answers(requests, right, got)
