@@ -7,7 +7,7 @@ MODEL ?= smollm2-135m
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench models parity reliability compile-gpu proto wheel-check clean
+.PHONY: demo serve test lint types bench bench-kernels models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -37,6 +37,13 @@ bench: .venv/test.stamp
 	mkdir -p build/bench
 	for b in serving offline startup memory depth adapters; do \
 		$(BIN)/python -m benchmarks.$$b --output build/bench/$$b.json || exit; done
+
+# Chips that are not there are compiled for; the GPU's compiler is that of compile-gpu.
+bench-kernels: .venv/test.stamp .venv/bench.stamp build/cuda/made.stamp
+	mkdir -p build/bench
+	$(BIN)/python -m benchmarks.kernels --target tpu:v5e --target tpu:v6e --target tpu:v7x \
+		--target gpu:h100 --target gpu:b200 --against jax --gpu-python build/cuda/venv/bin/python \
+		--document docs/kernels.md --plot docs/kernels.png --output build/bench/kernels.json
 
 models: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
@@ -86,6 +93,10 @@ clean:
 
 .venv/lint.stamp: .venv/run.stamp
 	$(PIP) -e '.[lint]'
+	@touch $@
+
+.venv/bench.stamp: .venv/run.stamp
+	$(PIP) -e '.[bench]'
 	@touch $@
 
 build/parity/made.stamp: .venv/made.stamp pyproject.toml

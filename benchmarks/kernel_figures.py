@@ -128,11 +128,13 @@ class Compiler:
         target: the chip.
         shapes: of every case.
         process: which compiles.
+        is_timed: whether to compile again for a compile time without what analyzing adds.
     """
 
     target: Target
     shapes: Shapes
     process: Process
+    is_timed: bool = True
 
     @property
     def tile(self) -> int:
@@ -143,6 +145,8 @@ class Compiler:
         given = {"shapes": plain(self.shapes), **options}
         function, process = f"{module.__name__}:{case}", self.process
         report = compile_for(function, self.target, given, "analyze", process=process)
+        if not self.is_timed:
+            return report
         # What is analyzed is written down, too, which takes time.
         timed = compile_for(function, self.target, given, "compile", process=process)
         return replace(report, compile_s=timed.compile_s)

@@ -229,7 +229,7 @@ def _gpu(figures: list[GpuFigures]) -> Table:
             "cache",
             "registers",
             "bytes spilled",
-            "shared memory, KiB",
+            "shared bytes",
             "threads",
             "compile, s",
         ),
@@ -240,7 +240,7 @@ def _gpu(figures: list[GpuFigures]) -> Table:
                 f.cache,
                 f.use.registers,
                 f.use.spill_stores,
-                f.use.shared_bytes / 1024,
+                f.use.shared_bytes,
                 f.use.threads,
                 float(f.compile_s),
             )

@@ -16,7 +16,7 @@ from typing import Any
 # So that the file can be run by its path, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import kernel_cases, kernel_peers, report
+from benchmarks import kernel_cases, kernel_peers, kernel_tune, report
 from benchmarks.kernel_cases import Shapes
 from benchmarks.kernel_figures import Compiler, Figures
 from benchmarks.kernel_goals import verdicts
@@ -25,6 +25,7 @@ from benchmarks.kernel_work import UnknownRegionsError
 from benchmarks.options import run, say
 from pallasite.models.errors import ConfigError
 from pallasite.pallas_kernels.compile import CompileError, Process
+from pallasite.pallas_kernels.paged_attention.block_table import Entry
 from pallasite.pallas_kernels.target import Target, find_target
 from pallasite.server.arguments import Parser
 from pallasite.server.flags import FILE, WHOLE
@@ -48,9 +49,14 @@ def main() -> None:
     args = _arguments()
     if args.plot is not None:
         report.check_plot()
+    targets = [_target(name) for name in args.target]
+    if args.tune:
+        _tune(targets, args)
+        return
     figures: list[Figures] = []
-    for name in args.target:
-        figures += _figures(_target(name), args)
+    # GPUs first: their compiler may be missing, and the TPU's kernels take long.
+    for target in sorted(targets, key=lambda target: target.platform):
+        figures += _figures(target, args)
     made = [*tables(figures), _goals(figures)]
     for table in made:
         print(report.table(f"{table.title} (static)", table.headers, table.rows), end="\n\n")
@@ -67,19 +73,38 @@ def main() -> None:
         draw(args.plot, figures)
 
 
+def _tune(targets: list[Target], args: argparse.Namespace) -> None:
+    entries: list[Entry] = []
+    for target in targets:
+        if target.platform != "tpu":
+            raise ConfigError(f"got --tune for {target.name}; the table is of TPUs; name one")
+        for cache in ("bfloat16", _cache_of_8_bits(target)):
+            compiler = replace(_with_cache(_compiler(target, args), cache), is_timed=False)
+            tried, best = kernel_tune.tune(compiler)
+            print(report.table(f"{tried.title} (static)", tried.headers, tried.rows), end="\n\n")
+            entries += best
+            # What was found stays, whatever becomes of the next.
+            kernel_tune.write(entries)
+
+
 def _figures(target: Target, args: argparse.Namespace) -> Iterator[Figures]:
+    make = {"tpu": _tpu_figures, "gpu": _gpu_figures}[target.platform]
+    try:
+        yield from make(_compiler(target, args), args.against == "jax")
+    except (CompileError, UnknownRegionsError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _compiler(target: Target, args: argparse.Namespace) -> Compiler:
     shapes = Shapes(
         num_heads=args.heads,
         num_kv_heads=args.kv_heads,
         head_width=args.head_width,
         page=args.page_size or target.page_size,
     )
-    compiler = Compiler(target=target, shapes=shapes, process=Process(python=args.python))
-    make = {"tpu": _tpu_figures, "gpu": _gpu_figures}[target.platform]
-    try:
-        yield from make(compiler, args.against == "jax")
-    except (CompileError, UnknownRegionsError) as error:
-        raise ConfigError(str(error)) from error
+    python = args.gpu_python if target.platform == "gpu" else sys.executable
+    process = Process(python=str(Path(python).absolute()))
+    return Compiler(target=target, shapes=shapes, process=process)
 
 
 def _tpu_figures(compiler: Compiler, has_peers: bool) -> Iterator[Figures]:
@@ -143,10 +168,11 @@ def _result(figures: list[Figures], args: argparse.Namespace) -> dict[str, Any]:
     for one in figures:
         kinds.setdefault(type(one).__name__, []).append(dataclasses.asdict(one))
     names = ("pallasite", "jax", "jaxlib", "libtpu")
+    installed = {dist.name for dist in importlib.metadata.distributions()}
     return {
         "made": "static",
         "shapes": {name: getattr(args, name) for name in ("heads", "kv_heads", "head_width")},
-        "versions": {name: importlib.metadata.version(name) for name in names},
+        "versions": {name: importlib.metadata.version(name) for name in names if name in installed},
         "figures": kinds,
     }
 
@@ -178,10 +204,15 @@ def _arguments() -> argparse.Namespace:
         "--page-size", type=WHOLE, metavar="N", help="tokens of a page (default: the chip's)"
     )
     parser.add_argument(
-        "--python",
+        "--gpu-python",
         default=sys.executable,
         metavar="FILE",
-        help="an interpreter that has the compiler (default: this one)",
+        help="an interpreter that has the GPU's compiler (default: this one)",
+    )
+    parser.add_argument(
+        "--tune",
+        action="store_true",
+        help="try block sizes, and write the best into paged_attention/block_table.py",
     )
     parser.add_argument("--plot", type=FILE, metavar="FILE", help="draw the figures as a PNG")
     parser.add_argument("--document", type=FILE, metavar="FILE", help="a page to fill in")

@@ -2,7 +2,10 @@
 
 import ast
 import dataclasses
+import importlib.util
 import inspect
+import subprocess
+import sys
 from dataclasses import replace
 
 import jax
@@ -10,7 +13,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged_kernel
 
-from benchmarks import kernel_cases, kernel_counts
+from benchmarks import kernel_cases, kernel_counts, kernel_tune
 from benchmarks.kernel_cases import Shapes
 from benchmarks.kernel_counts import Count
 from benchmarks.kernel_figures import UNIT, Compiler, PrefillFigures
@@ -20,6 +23,7 @@ from benchmarks.kernel_work import UnknownRegionsError, find, work
 from pallasite.models.errors import ConfigError
 from pallasite.pallas_kernels.compile import Dma, Kernel, Process, Region, Work
 from pallasite.pallas_kernels.paged_attention import (
+    block_table,
     tpu_decode,
     tpu_heads,
     tpu_pages,
@@ -28,6 +32,9 @@ from pallasite.pallas_kernels.paged_attention import (
     tpu_row,
     tpu_write,
 )
+from pallasite.pallas_kernels.paged_attention.block_table import Entry, Shape
+from pallasite.pallas_kernels.paged_attention.tpu_decode import DecodeBlocks
+from pallasite.pallas_kernels.paged_attention.tpu_prefill import PrefillBlocks
 from pallasite.pallas_kernels.target import H100, V6E
 
 OURS = (tpu_decode, tpu_heads, tpu_pages, tpu_parts, tpu_prefill, tpu_row, tpu_write)
@@ -212,3 +219,42 @@ def test_tables_go_between_their_marks_alone(tmp_path, small):
     page.write_text("no marks\n")
     with pytest.raises(ConfigError, match="kernels: decode"):
         fill_in(page, tables([small]))
+
+
+SHAPE = Shape(cache="int8", page=128, key_heads=8, group=4, row=(2, 128))
+ENTRY = Entry(
+    chip="tpu:v6e",
+    shape=SHAPE,
+    blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+    made="static",
+    why="1,234 bundles",
+)
+
+
+def entries_of(path, monkeypatch):
+    """What a table's file says, run as a module of its own."""
+    spec = importlib.util.spec_from_file_location("tuned_table", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "tuned_table", module)
+    spec.loader.exec_module(module)
+    return [dataclasses.asdict(entry) for entry in module.ENTRIES]
+
+
+def test_tuning_replaces_the_entries_of_its_chip_and_shapes_alone(tmp_path, monkeypatch):
+    path = tmp_path / "block_table.py"
+    path.write_text(kernel_tune.TABLE.read_text())
+    others = [
+        replace(ENTRY, chip="tpu:v5e"),
+        replace(ENTRY, shape=replace(SHAPE, cache="bfloat16")),
+        replace(ENTRY, blocks=PrefillBlocks(tokens=128, pages=4, rows=256, heads=4)),
+    ]
+    monkeypatch.setattr(block_table, "ENTRIES", (*others, ENTRY))
+    better = replace(ENTRY, blocks=DecodeBlocks(pages=8, piece_pages=4, heads=8))
+    kernel_tune.write([better], path)
+    found = entries_of(path, monkeypatch)
+    for entry in (*others, better):
+        assert dataclasses.asdict(entry) in found
+    assert len(found) == 4
+    formatter = [sys.executable, "-m", "ruff", "format", "--check", str(path)]
+    if importlib.util.find_spec("ruff") is not None:
+        assert subprocess.run(formatter, check=False, capture_output=True).returncode == 0
