@@ -83,8 +83,8 @@ TPU = (
     _fault(
         "decode",
         "pages that were not fetched are not cleared",
-        "pl.cdiv(num_pages, piece) * piece)",
-        "num_pages)",
+        "clear_pages(self.scratch.pages, slot, num_pages, end)",
+        "pass",
     ),
     _fault(
         "decode",
