@@ -30,6 +30,7 @@ class Target:
         hbm_bytes_per_s: its bandwidth.
         vmem_bytes: of a TPU, on-chip memory that kernels address; of a GPU, shared memory of a
             multiprocessor.
+        smem_bytes: of a TPU, memory of its scalar unit, where kernels look page ids up.
         multiprocessors: of a GPU.
         l2_bytes: of a GPU, its second-level cache.
         clock_hz: of a GPU, the fastest clock of its multiprocessors.
@@ -51,6 +52,7 @@ class Target:
     hbm_bytes: int | None = None
     hbm_bytes_per_s: float | None = None
     vmem_bytes: int | None = None
+    smem_bytes: int | None = None
     multiprocessors: int | None = None
     l2_bytes: int | None = None
     clock_hz: float | None = None
@@ -88,6 +90,7 @@ V5E = Target(
     hbm_bytes=16 * _GB,
     hbm_bytes_per_s=0.82e12,
     vmem_bytes=128 * _MIB,
+    smem_bytes=_MIB,
     topology="v5e:2x2",
     device_kinds=("TPU v5 lite", "TPU v5e"),
 )
@@ -102,6 +105,7 @@ V5P = Target(
     hbm_bytes=95 * _GB,
     hbm_bytes_per_s=2.77e12,
     vmem_bytes=64 * _MIB,
+    smem_bytes=_MIB,
     topology="v5p:2x2x1",
     device_kinds=("TPU v5", "TPU v5p"),
 )
@@ -116,6 +120,7 @@ V6E = Target(
     hbm_bytes=32 * _GB,
     hbm_bytes_per_s=1.64e12,
     vmem_bytes=128 * _MIB,
+    smem_bytes=_MIB,
     topology="v6e:2x2",
     device_kinds=("TPU v6 lite", "TPU v6e"),
 )
@@ -130,6 +135,7 @@ V7X = Target(
     hbm_bytes=96 * _GB,
     hbm_bytes_per_s=3.7e12,
     vmem_bytes=64 * _MIB,
+    smem_bytes=_MIB,
     topology="tpu7x:2x2x1",
     device_kinds=("TPU7x",),
 )

@@ -23,6 +23,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_pages import NewRows
 from pallasite.pallas_kernels.paged_attention.tpu_parts import multiplied_as
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Products, Scoring
 from pallasite.pallas_kernels.storage import encode, quantize_rows
+from pallasite.pallas_kernels.target import Target
 
 _LOG2_E = math.log2(math.e)
 
@@ -39,6 +40,7 @@ def paged_attention(
     """See the op in the package."""
     if cache.values.dtype == jnp.uint16:
         raise ValueError(f"got a cache of uint16 for {config.target.name}; it must hold bfloat16")
+    _check_page_table(ragged.page_table, config.target)
     num_tokens, num_heads, head_width = q.shape
     num_kv_heads = kv_new.shape[1]
     scoring = Scoring(
@@ -69,6 +71,19 @@ def paged_attention(
     value_start = width // 2 if cache.shares_rows else 0
     out = out[..., value_start : value_start + head_width]
     return out.reshape(num_tokens, num_heads, head_width), cache
+
+
+def _check_page_table(page_table: Int[Array, "B M"], target: Target) -> None:
+    num_rows, num_columns = page_table.shape
+    assert target.smem_bytes is not None
+    # What else is looked up there is a few words for each row and page.
+    most = target.smem_bytes * 15 // 16 // 4
+    if page_table.size > most:
+        raise ValueError(
+            f"got {num_rows} rows of requests with {num_columns} pages each for {target.name},"
+            f" whose scalar memory holds {most} page ids; lower the number of requests in a batch"
+            " or the context length"
+        )
 
 
 class _Call(NamedTuple):
@@ -181,7 +196,8 @@ def _prefill(call: _Call, cache: PagedCache) -> Float[Array, "T K G W"]:
             page_table=ragged.page_table.reshape(-1),
             num_pairs=total[None],
             pair_requests=requests,
-            pair_tiles=first[requests] + numbers,
+            # Where there is no pair, the one step that is none's still has a tile.
+            pair_tiles=jnp.minimum(first[requests] + numbers, num_tiles - 1),
         ),
         call.scoring,
         blocks,

@@ -125,13 +125,18 @@ def decode(
     num_arrays = len(jax.tree.leaves(cache))
 
     def kernel(scalars: Scalars, inputs: Inputs, outputs: Outputs, scratch: Scratch) -> None:
-        _Kernel(scoring, blocks, scalars, inputs, outputs, scratch).run()
+        request = pl.program_id(0)
+
+        # A grid has a step at least, so that its copies in and out have one.
+        @pl.when(scalars.num_decode[0] > 0)
+        def run() -> None:
+            _Kernel(scoring, blocks, scalars, inputs, outputs, scratch).run(request)
 
     (result,) = pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(scalars.num_decode[0],),
+            grid=(jnp.maximum(scalars.num_decode[0], 1),),
             in_specs=[
                 Inputs(
                     of_token(q),
@@ -200,8 +205,8 @@ class _Kernel(NamedTuple):
     def heads(self) -> Heads:
         return Heads(self.scoring, self.scratch.heads, self.scratch.pages)
 
-    def run(self) -> None:
-        request, slot_ref = pl.program_id(0), self.scratch.slot
+    def run(self, request: Array) -> None:
+        slot_ref = self.scratch.slot
 
         @pl.when(request == 0)
         def start_first() -> None:
@@ -279,7 +284,7 @@ class _Kernel(NamedTuple):
         clear_pages(self.scratch.pages, slot, num_pages, end)
 
     def is_large(self, num_pages: Array) -> Array:
-        """Whether a block is taken at once: in pieces, more than half of it costs no less."""
+        """Whether a block is taken at once, not in pieces."""
         return 2 * num_pages > self.blocks.pages
 
     def num_pieces(self, num_pages: Array) -> Array:

@@ -23,9 +23,6 @@ from pallasite.pallas_kernels.paged_attention.tpu_products import (
 SCORES_AHEAD, WEIGHTS_AHEAD = 2, 2
 """How many heads later a head's scores become weights, and its weights are summed up."""
 
-BEYOND_SCORES = 3.3e38
-"""No score is larger. NaN is not, either."""
-
 
 class HeadsScratch(NamedTuple):
     """Shapes: q as products take it, [K, rows, W], and its units [K, g, 128]; scores [heads, g, S];
@@ -200,10 +197,10 @@ class _Weights(NamedTuple):
 
 
 def _sign_of_being(scores: Float[Array, "g S"]) -> Float[Array, "g 1"]:
-    """Returns HIDDEN, which changes no maximum, in a way that has to wait for the first scores.
+    """Returns what changes no maximum, HIDDEN or less, but has to wait for the first scores.
 
     The compiler puts off what nothing waits for. Weights that wait for scores of a later head have
     these made ahead, so that the matrix unit is not idle while weights are made.
     """
     some = scores[:, :LANES]
-    return jnp.where(some > BEYOND_SCORES, some, HIDDEN)[:, :1]
+    return jnp.where(some > 0.0, 2 * HIDDEN, HIDDEN)[:, :1]

@@ -87,9 +87,6 @@ class PageReader(NamedTuple):
     def page_id(self, request: Array, page: Array) -> Array:
         return self.page_table[request * self.pages_a_row + page]
 
-    def is_in_cache(self, page_id: Array) -> Array:
-        return (page_id >= 0) & (page_id < self.cache.values.shape[1])
-
     def start(self, request: Array, first: Array, num_pages: Array, slot: Array) -> None:
         """Starts to fetch some pages of a request. An id out of bounds fetches some other page."""
         most = self.buffers.num_pages
@@ -141,6 +138,11 @@ class PageReader(NamedTuple):
             pltpu.make_async_copy(hbm.at[at], vmem.at[slot, index], done)
             for hbm, vmem in self._arrays()
         ]
+
+
+def is_in_cache(cache: PagedCache, page_id: Array) -> Array:
+    """Returns whether the cache has such a page."""
+    return (page_id >= 0) & (page_id < cache.values.shape[1])
 
 
 def row_scales(

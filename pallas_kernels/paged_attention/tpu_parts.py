@@ -54,7 +54,6 @@ class PartsScratch(NamedTuple):
             self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
         else:
             self.maximum[...] = sinks[...]
-            self.total[...] = jnp.zeros(self.total.shape, jnp.float32)
             lane = jax.lax.broadcasted_iota(jnp.int32, self.total.shape, 2)
             self.total[...] = jnp.where(lane == 0, 1.0, 0.0)
         self.weighted[...] = jnp.zeros(self.weighted.shape, jnp.float32)

@@ -115,13 +115,18 @@ def prefill(
     )
 
     def kernel(scalars: Scalars, inputs: Inputs, out: Any, scratch: Scratch) -> None:
-        _Kernel(scoring, blocks, group, scalars, inputs, out, scratch).run()
+        index = pl.program_id(0)
+
+        # A grid has a step at least, so that its copies in and out have one.
+        @pl.when(scalars.num_pairs[0] > 0)
+        def run() -> None:
+            _Kernel(scoring, blocks, group, scalars, inputs, out, scratch).run(index)
 
     return pl.pallas_call(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(scalars.num_pairs[0],),
+            grid=(jnp.maximum(scalars.num_pairs[0], 1),),
             in_specs=[
                 Inputs(
                     of_tile,
@@ -170,8 +175,8 @@ class _Kernel(NamedTuple):
     def page(self) -> int:
         return self.scratch.pages.page
 
-    def run(self) -> None:
-        index, scratch = pl.program_id(0), self.scratch
+    def run(self, index: Array) -> None:
+        scratch = self.scratch
         pair = self.pair(index)
 
         @pl.when(index == 0)

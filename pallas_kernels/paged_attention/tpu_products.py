@@ -144,7 +144,7 @@ def _integers(x: Float[Array, "g n"]) -> list[Array]:
 
 
 def _floats(x: Float[Array, "g n"]) -> list[Array]:
-    """Splits numbers into floats, `x = high + low / 8`; float8_e4m3fn holds high exactly."""
+    """Splits numbers into floats, `x = high + low / 8`. float8_e4m3fn holds high, from 2^-6 on."""
     # Without its last 20 bits an f32 has the 3 of the smaller type.
     bits = jax.lax.bitcast_convert_type(x, jnp.int32) & np.int32(-(2**20))
     high = jax.lax.bitcast_convert_type(bits, jnp.float32)

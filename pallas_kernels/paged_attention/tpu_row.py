@@ -18,6 +18,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_pages import (
     NewRows,
     PageBuffers,
     clear_tiles,
+    is_in_cache,
     narrow,
     tile_rows,
 )
@@ -89,7 +90,7 @@ class RowWriter(NamedTuple):
         self._insert_row(new, slot, index, row, parity)
         if self.cache.scales is not None:
             self._insert_scales(new, slot, index, row, parity)
-        is_page = (page_id >= 0) & (page_id < self.cache.values.shape[1])
+        is_page = is_in_cache(self.cache, page_id)
         self.scratch.is_written[parity] = is_page.astype(jnp.int32)
 
         @pl.when(is_page)

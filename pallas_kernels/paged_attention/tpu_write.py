@@ -17,6 +17,7 @@ from jaxtyping import Array
 from pallasite.pallas_kernels.paged_attention.contract import PagedCache
 from pallasite.pallas_kernels.paged_attention.tpu_pages import (
     NewRows,
+    is_in_cache,
     narrow,
     tile_rows,
 )
@@ -87,7 +88,11 @@ def write(
     def kernel(
         scalars: Scalars, new: NewRows, _: PagedCache, cache: PagedCache, scratch: Scratch
     ) -> None:
-        _Kernel(scalars, new, cache, scratch).run()
+        index = pl.program_id(0)
+
+        @pl.when(scalars.num_pages[0] > 0)
+        def run() -> None:
+            _Kernel(scalars, new, cache, scratch).run(index)
 
     num_before = len(scalars) + len(jax.tree.leaves(new))
     num_arrays = len(jax.tree.leaves(cache))
@@ -95,7 +100,7 @@ def write(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
-            grid=(scalars.num_pages[0],),
+            grid=(jnp.maximum(scalars.num_pages[0], 1),),
             in_specs=[jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), new), in_hbm],
             out_specs=(in_hbm,),
             scratch_shapes=(scratch,),
@@ -146,9 +151,8 @@ class _Kernel(NamedTuple):
     def tile(self) -> int:
         return self.scratch.tile.shape[3]
 
-    def run(self) -> None:
-        index, scratch = pl.program_id(0), self.scratch
-        slot = index % 2
+    def run(self, index: Array) -> None:
+        scratch, slot = self.scratch, index % 2
 
         @pl.when(index == 0)
         def start_first() -> None:
@@ -165,7 +169,7 @@ class _Kernel(NamedTuple):
             copy.wait()
         self.wait_for_written(slot)
         self.lay_out(page, slot)
-        is_page = (page.page_id >= 0) & (page.page_id < self.cache.values.shape[1])
+        is_page = is_in_cache(self.cache, page.page_id)
         scratch.is_written[slot] = jnp.where(is_page, self.num_tiles(page), 0)
 
         @pl.when(is_page)

@@ -81,6 +81,12 @@ TPU = (
     ),
     _fault(
         "decode",
+        "a block that is not whole is not masked",
+        "attend(pl.ds(0, self.blocks.pages), has_end=True)",
+        "attend(pl.ds(0, self.blocks.pages), has_end=False)",
+    ),
+    _fault(
+        "decode",
         "pages that were not fetched are not cleared",
         "clear_pages(self.scratch.pages, slot, num_pages, end)",
         "pass",
@@ -117,15 +123,13 @@ TPU = (
         "                    copy.wait()",
         "                    pass",
     ),
-    _fault(
-        "row", "a tile is overwritten on its way", "        self.wait(parity)\n", "", _BY_COPIES
-    ),
+    _fault("row", "a tile is overwritten on its way", "        self.wait(parity)\n", ""),
     _fault("row", "the new row is a row late", "row % self.tile\n", "row % self.tile - 1\n"),
     _fault(
         "row",
         "a page that is none is written",
-        "(page_id >= 0) & (page_id < self.cache.values.shape[1])",
-        "page_id < 2**31 - 1",
+        "is_page = is_in_cache(self.cache, page_id)",
+        "is_page = page_id < 2**31 - 1",
     ),
     _fault(
         "write",

@@ -122,6 +122,19 @@ def test_a_page_that_is_none_is_not_written(body, setting):
         oracle.assert_same_bits(cache, after, case.free_rows())
 
 
+@each([case for case in ALL if case[1].held_as in (FLOAT32, BFLOAT16)])
+def test_what_nobody_wrote_may_be_infinite(body, setting):
+    """Not only NaN: an infinite key makes an infinite score, which no comparison sorts out."""
+    new = [1] * 3 if setting.is_decode else [1, 1, min(setting.page + 3, setting.T - 2)]
+    lens = list(zip(new, [2, setting.page + 2, 2 * setting.page], strict=True))
+    case = Case(body, setting, lens, 3 if setting.is_decode else 2, seed=11)
+    for fill in (np.inf, 1e30):
+        out, _, _ = case.call(fill)
+        expected = case.expected()
+        body.assert_close(setting, out[: len(expected)], expected)
+        assert np.isfinite(out).all()
+
+
 @each([case for case in RAGGED if case[0] is REFERENCE and case[1].T > 100])
 def test_chunks_of_a_prompt_give_what_one_pass_gives(body, setting):
     """A prompt in chunks of 1, 47, 63 and 39, each continuing the cache that the last one left."""
