@@ -102,7 +102,7 @@ class Matrix(nnx.Module):
         Where kernels read quantized matrices in groups, it stays beside the others: they would be
         handed a copy otherwise.
         """
-        is_read_in_place = self.target.platform == "gpu" and self.form.group is not None
+        is_read_in_place = self.target.platform != "cpu" and self.form.group is not None
         named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
         parts = {name: part for name, part in named.items() if part is not None}
         if not is_read_in_place:

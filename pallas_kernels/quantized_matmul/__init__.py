@@ -3,7 +3,7 @@
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallasite.pallas_kernels.quantized_matmul import gpu, reference
+from pallasite.pallas_kernels.quantized_matmul import gpu, reference, tpu
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
 from pallasite.pallas_kernels.quantized_matmul.reference import dequantize
 
@@ -25,4 +25,6 @@ def quantized_matmul(
         raise ValueError(f"got {matrix.num_groups} groups of {matrix.num_inputs} inputs; not whole")
     if matrix.target.platform == "gpu" and gpu.takes(x.shape[0], matrix, dtype):
         return gpu.quantized_matmul(x, matrix)
+    if matrix.target.platform == "tpu" and tpu.takes(matrix, dtype):
+        return tpu.quantized_matmul(x, matrix)
     return reference.quantized_matmul(x, matrix.alone(), dtype)

@@ -62,8 +62,12 @@ class Case:
                 numbers[:, (2 * g + 1) * half + i] = byte // 16
         return numbers
 
-    def product(self, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    def product(
+        self, dtype: np.dtype, *, rounds_weights: bool = True
+    ) -> tuple[np.ndarray, np.ndarray]:
         """Returns f64 [T, out], and how far from each a right answer may lie.
+
+        A body may leave a group's scale to its part of the sum: such a one rounds no weights.
 
         A sum of n products in f32 is n roundings from its value at most, each of a part of the sum
         of magnitudes. Where the definition rounds to a coarser type, a number that lies between
@@ -75,7 +79,7 @@ class Case:
         x = self.x.astype(np.float64)
         if dtype == ml_dtypes.bfloat16:
             x = rounded(x)
-            if self.values.dtype == np.uint8 or self.scales.shape[1] > 1:
+            if rounds_weights and (self.values.dtype == np.uint8 or self.scales.shape[1] > 1):
                 edges = rounded(weight - weight_slack), rounded(weight + weight_slack)
                 weight, weight_slack = rounded(weight), np.abs(edges[1] - edges[0])
         magnitude = np.abs(x) @ np.abs(weight).T

@@ -51,3 +51,19 @@ def layers(
 
     x = jax.ShapeDtypeStruct((num_tokens, num_inputs), jnp.float32)
     return Case(function, (x, weights))
+
+
+def of_all_kinds(target: Target) -> Case:
+    """A loop over layers with a product for each of a TPU's kernels and kinds of groups."""
+    # No two arrays have one size, so that a copy tells what it is of.
+    kinds = (("int4", 32, 8), ("int8", 128, 24), ("w8a8", 128, 48), ("int4", 128, 240))
+    shape = {"num_inputs": 2048, "num_rows": 1280}
+    parts = [
+        layers(target, kind=kind, group=group, num_tokens=num_tokens, **shape)
+        for kind, group, num_tokens in kinds
+    ]
+
+    def function(*arguments: tuple[jax.Array, dict[str, jax.Array]]) -> list[jax.Array]:
+        return [part.function(*own) for part, own in zip(parts, arguments, strict=True)]
+
+    return Case(function, tuple(part.arguments for part in parts))
