@@ -99,8 +99,9 @@ def test_a_slot_serves_one_adapter_after_another(engines, folders, prompts, expe
 def test_adapters_come_and_go_while_requests_of_others_are_open(
     engines, folders, prompts, expected, mesh
 ):
-    with engines.fresh(replace(ROOMY, mesh=mesh, max_adapters=2)) as engine:
+    with engines.fresh(replace(ROOMY, mesh=mesh)) as engine:
         engine.load_adapter("all", folders["all"])
+        engine.load_adapter("spare", folders["down"])  # one slot of three is left
         requests = [long(prompt, name) for prompt in prompts[:2] for name in ("all", "")]
         alone = tokens(engine.generate(requests))
         streams = [iter(engine.submit(request)) for request in requests]
@@ -109,7 +110,7 @@ def test_adapters_come_and_go_while_requests_of_others_are_open(
         for name in ("down", "attention"):
             engine.load_adapter(name, folders[name])
             assert tokens(engine.generate([ask(prompts[0], name)])) == expected[name][:1]
-            with pytest.raises(RequestError, match="all 2 slots are in use"):
+            with pytest.raises(RequestError, match="all 3 slots are in use"):
                 engine.load_adapter("all", folders["all"])
             engine.unload_adapter(name)
         assert engine.current_load().num_running == 4, "it all came too late"
