@@ -66,7 +66,7 @@ def _each(requests):
 
 
 def test_every_data_shard_serves(engines, rng):
-    with engines.fresh(replace(CROWDED, mesh=MeshShape(data=4))) as engine:
+    with engines.fresh(replace(CROWDED, mesh=MeshShape(data=4, model=2))) as engine:
         used = np.zeros(4, int)
         schedule = engine._scheduler.schedule
 
