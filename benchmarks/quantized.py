@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import jax
@@ -23,15 +23,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
 from pallasite.models.forms import parse_form
-from pallasite.pallas_kernels.compile import Case, Report, compile_for
-from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul
-from pallasite.pallas_kernels.target import Target, find_target
+from pallasite.pallas_kernels.compile import Case, CompileError, Process, Report, compile_for
+from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul, tpu
+from pallasite.pallas_kernels.target import CPU, Target, find_target
 
 NUM_LAYERS = 8
 FORMS = ("int8", "int8:128", "w8a8", "w8a8:128", "int4:32", "int4:128", "fp8")
 SHAPES = ("4096x4096", "14336x4096", "4096x14336")
 """Rows x inputs: Llama 3 8B's."""
 TOKENS = (8, 64, 512)
+BODIES = ("xla", "kernel")
+TIMEOUT_S = 600
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +41,7 @@ class Figures:
     """One product of a layer.
 
     Attributes:
+        body: "xla", or "kernel" where the op has one.
         stored_bytes: of the matrix and its scales.
         moved_bytes: that instructions of the loop read and write.
         temporary_bytes: device memory of the program beside what it is given.
@@ -49,6 +52,7 @@ class Figures:
     form: str
     shape: str
     num_tokens: int
+    body: str
     stored_bytes: int
     moved_bytes: float
     temporary_bytes: int
@@ -69,24 +73,34 @@ def main() -> None:
     for form in args.forms.split(","):
         for shape in args.shapes.split(","):
             for num_tokens in map(int, args.tokens.split(",")):
-                rows.append(figures(target, form, shape, num_tokens))
-                print(f"{form} {shape} {num_tokens}: {rows[-1].compile_s:.0f} s", file=sys.stderr)
+                for body in BODIES:
+                    name = f"{form} {shape} {num_tokens} {body}"
+                    try:
+                        row = figures(target, form, shape, num_tokens, body)
+                    except CompileError as error:
+                        # XLA alone may take longer than anybody waits.
+                        print(f"{name}: {error}", file=sys.stderr)
+                        continue
+                    if row is not None:
+                        print(f"{name}: {row.compile_s:.0f} s", file=sys.stderr)
+                        rows.append(row)
     print(table(target, rows))
     if args.output is not None:
         args.output.write_text(json.dumps([asdict(row) for row in rows], indent=1))
 
 
-def layers(target: Target, form: str, shape: str, num_tokens: int) -> Case:
+def layers(target: Target, form: str, shape: str, num_tokens: int, body: str) -> Case:
     """A loop over layers whose products decide what the next layer takes, as norms do."""
     num_rows, num_inputs = map(int, shape.split("x"))
     matrix = stacked_matrix(form, num_rows, num_inputs)
 
     def function(x: jax.Array, matrix: QuantizedMatrix) -> jax.Array:
         def layer(index: jax.Array, x: jax.Array) -> jax.Array:
-            own = jax.tree.map(
-                lambda held: jax.lax.dynamic_index_in_dim(held, index, keepdims=False), matrix
+            # For a CPU the op has no kernel: what is left is XLA's, for whatever it compiles.
+            of = CPU if body == "xla" else target
+            product = quantized_matmul(
+                x, replace(matrix, layer=index, target=of), jnp.dtype(jnp.bfloat16)
             )
-            product = quantized_matmul(x, own, jnp.bfloat16)
             mean_square = jnp.mean(jnp.square(product), axis=1, keepdims=True)
             return x * jax.lax.rsqrt(mean_square + 1)
 
@@ -111,23 +125,38 @@ def stacked_matrix(form: str, num_rows: int, num_inputs: int) -> QuantizedMatrix
     )
 
 
-def figures(target: Target, form: str, shape: str, num_tokens: int) -> Figures:
-    """Compiles one case and reads its figures off the report."""
-    options = {"form": form, "shape": shape, "num_tokens": num_tokens}
-    told = compile_for("benchmarks.quantized:layers", target, options, "analyze")
+def figures(target: Target, form: str, shape: str, num_tokens: int, body: str) -> Figures | None:
+    """Compiles one case and reads its figures off the report; None where there is no kernel."""
+    options = {"form": form, "shape": shape, "num_tokens": num_tokens, "body": body}
+    if body == "kernel" and not has_kernel(form, shape):
+        return None
+    told = compile_for(
+        "benchmarks.quantized:layers",
+        target,
+        options,
+        "analyze",
+        process=Process(timeout_s=TIMEOUT_S),
+    )
+    held = jax.tree.leaves(stacked_matrix(form, *map(int, shape.split("x"))))
+    stored = sum(leaf.size * leaf.dtype.itemsize for leaf in held) // NUM_LAYERS
     moved, bundles = per_layer(told)
     assert told.memory is not None
-    held = jax.tree.leaves(stacked_matrix(form, *map(int, shape.split("x"))))
     return Figures(
         form=form,
         shape=shape,
         num_tokens=num_tokens,
-        stored_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in held) // NUM_LAYERS,
-        moved_bytes=moved,
+        body=body,
+        stored_bytes=stored,
+        moved_bytes=moved + stored * len(told.kernels),
         temporary_bytes=told.memory.temporaries,
         bundles=bundles,
         compile_s=told.compile_s,
     )
+
+
+def has_kernel(form: str, shape: str) -> bool:
+    """Whether the op has a TPU's kernel for a matrix."""
+    return tpu.takes(stacked_matrix(form, *map(int, shape.split("x"))), jnp.dtype(jnp.bfloat16))
 
 
 def per_layer(told: Report) -> tuple[float, float]:
@@ -143,12 +172,23 @@ def per_layer(told: Report) -> tuple[float, float]:
 
 def table(target: Target, rows: Iterable[Figures]) -> str:
     """Returns the figures as text; bytes are MB."""
-    headers = ["form", "matrix", "tokens", "stored", "moved", "temporaries", "bundles", "GHz"]
+    headers = [
+        "form",
+        "matrix",
+        "tokens",
+        "body",
+        "stored",
+        "moved",
+        "temporaries",
+        "bundles",
+        "GHz",
+    ]
     cells = [
         [
             row.form,
             row.shape,
             row.num_tokens,
+            row.body,
             f"{row.stored_bytes / 1e6:.1f}",
             f"{row.moved_bytes / 1e6:.1f}",
             f"{row.temporary_bytes / 1e6:.1f}",

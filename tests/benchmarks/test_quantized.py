@@ -3,15 +3,30 @@
 import jax
 import pytest
 
-from benchmarks.quantized import NUM_LAYERS, Figures, layers, per_layer, stacked_matrix, table
+from benchmarks.quantized import (
+    NUM_LAYERS,
+    Figures,
+    has_kernel,
+    layers,
+    per_layer,
+    stacked_matrix,
+    table,
+)
 from pallasite.pallas_kernels.compile import Report
 from pallasite.pallas_kernels.compile.traffic import Instruction
 from pallasite.pallas_kernels.target import V6E
 
 
 def test_a_case_is_traced():
-    case = layers(V6E, "int4:32", "64x128", 2)
+    case = layers(V6E, "int4:32", "64x128", 2, "xla")
     assert jax.eval_shape(case.function, *case.arguments).shape == (2, 128)
+
+
+def test_a_kernel_is_there_for_groups_alone():
+    assert has_kernel("int4:32", "4096x4096")
+    assert has_kernel("w8a8:128", "4096x14336")
+    assert not has_kernel("int8", "4096x4096")
+    assert not has_kernel("fp8", "4096x4096")
 
 
 @pytest.mark.parametrize(
@@ -62,6 +77,7 @@ def test_the_clock_below_which_memory_decides():
         form="int8",
         shape="64x128",
         num_tokens=2,
+        body="xla",
         stored_bytes=1640,
         moved_bytes=3000,
         temporary_bytes=0,
