@@ -1,64 +1,87 @@
-"""Faults of the GPU's body of the paged attention op, see `attention_mutations.py`."""
+"""Faults of the GPU's body of the paged attention op, see `attention_mutations.py`.
+
+Its tests are slow, so each fault names words of the settings that must see it.
+"""
 
 from tests.pallas_kernels.mutations import Mutation
 
-_TESTS = ("tests/pallas_kernels/test_paged_attention.py", "-k", "GPU")
+
+def _block(name: str, old: str, new: str, words: str = "T5") -> Mutation:
+    return _in("block", name, old, new, words)
 
 
-def _block(name: str, old: str, new: str) -> Mutation:
-    return _in("block", name, old, new)
+def _decode(name: str, old: str, new: str, words: str = "T5") -> Mutation:
+    return _in("decode", name, old, new, words)
 
 
-def _decode(name: str, old: str, new: str) -> Mutation:
-    return _in("decode", name, old, new)
+def _prefill(name: str, old: str, new: str, words: str = "alone and G4 and T150") -> Mutation:
+    return _in("prefill", name, old, new, words)
 
 
-def _prefill(name: str, old: str, new: str) -> Mutation:
-    return _in("prefill", name, old, new)
+def _write(name: str, old: str, new: str, words: str = "T5") -> Mutation:
+    return _in("write", name, old, new, words)
 
 
-def _write(name: str, old: str, new: str) -> Mutation:
-    return _in("write", name, old, new)
-
-
-def _in(file: str, name: str, old: str, new: str) -> Mutation:
+def _in(file: str, name: str, old: str, new: str, words: str) -> Mutation:
     path = f"paged_attention/gpu_{file}.py"
-    return Mutation(name=name, file=path, old=old, new=new, tests=_TESTS)
+    tests = ("tests/pallas_kernels/test_paged_attention.py", "-k", f"GPU and {words}")
+    return Mutation(name=name, file=path, old=old, new=new, tests=tests)
 
 
 GPU = (
     _block("queries are not scaled", ".astype(jnp.float32) * curve.factor", ".astype(jnp.float32)"),
-    _block("no soft cap", "if curve.cap is not None:", "if False:"),
-    _block("no sinks", "if sinks is not None:", "if False:"),
+    _block("no soft cap", "if curve.cap is not None:", "if False:", "T5 and cap"),
+    _block("no sinks", "if sinks is not None:", "if False:", "T5 and sinks"),
     _block(
-        "sinks are natural logarithms", "sinks.astype(jnp.float32) * math.log2(math.e)", "sinks"
+        "sinks are natural logarithms",
+        "sinks.astype(jnp.float32) * math.log2(math.e)",
+        "sinks",
+        "T5 and sinks",
     ),
-    _block("keys without scales", "if block.k_scales is not None:", "if False:"),
-    _block("values without scales", "if block.v_scales is not None:", "if False:"),
-    _block("keys with values' scales", "scales(0), scales(1)", "scales(1), scales(1)"),
+    _block("keys without scales", "if block.k_scales is not None:", "if False:", "T5 and int8"),
+    _block("values without scales", "if block.v_scales is not None:", "if False:", "T5 and int8"),
+    _block(
+        "keys with values' scales", "scales(0), scales(1)", "scales(1), scales(1)", "T5 and int8"
+    ),
     _block("keys for values", "Block(rows(0), rows(1)", "Block(rows(0), rows(0)"),
     _block(
-        "window one wider", "jnp.minimum(window, position + 1) + 1", "jnp.minimum(window, position)"
+        "window one wider",
+        "jnp.minimum(window, position + 1) + 1",
+        "jnp.minimum(window, position)",
+        "T5 and 100-None",
     ),
     _block(
         "window one narrower",
         "jnp.minimum(window, position + 1) + 1",
         "jnp.minimum(window, position + 1) + 2",
+        "T5 and 100-None",
     ),
-    _block("the first layer's window", "self.windows[self.layer[0]]", "self.windows[0]"),
+    _block(
+        "the first layer's window",
+        "self.windows[self.layer[0]]",
+        "self.windows[0]",
+        "T5 and 100-None",
+    ),
     _block(
         "the first layer's rows", "at = (inputs.layer[0], page[:, None]", "at = (0, page[:, None]"
     ),
-    _block("the first layer's scales", "at = (inputs.layer[0], page, ", "at = (0, page, "),
+    _block(
+        "the first layer's scales",
+        "at = (inputs.layer[0], page, ",
+        "at = (0, page, ",
+        "T5 and int8",
+    ),
     _block(
         "a page of another column, by one look-up",
         "inputs.page_table[self.row, start // page_size]",
         "inputs.page_table[self.row, start // page_size - 1]",
+        "T5 and page32",
     ),
     _block(
         "a page of another column, token by token",
         "self.row, position // page_size]",
         "self.row, position // page_size - 1]",
+        "T5 and page16",
     ),
     _block(
         "the next row of the page",
@@ -81,7 +104,7 @@ GPU = (
     _block("queries of no tokens are divided by 0", "jnp.where(total == 0.0, 1.0, total)", "total"),
     _decode("decode misses its own token", "(position < kv_len) &", "(position < kv_len - 1) &"),
     _decode("decode sees the next row", "(position < kv_len) &", "(position <= kv_len) &"),
-    _decode("no window in the decode", " & (position >= first_visible)", ""),
+    _decode("no window in the decode", " & (position >= first_visible)", "", "T5 and 100-None"),
     _decode(
         "the decode begins a block late",
         "first = inputs.first_visible(kv_len - 1) // self.block_tokens",
@@ -96,29 +119,37 @@ GPU = (
         "splits overlap",
         "end = jnp.minimum(start + per_split, end)",
         "end = jnp.minimum(start + per_split + 1, end)",
+        "T5 and len700",
     ),
     _decode(
         "a block between splits is lost",
         "start = first + split * per_split",
         "start = first + split * (per_split + 1)",
+        "T5 and len700",
     ),
     _decode(
-        "splits weigh the same", "shares = jnp.exp2(tops - top)", "shares = jnp.exp2(0 * tops)"
+        "splits weigh the same",
+        "shares = jnp.exp2(tops - top)",
+        "shares = jnp.exp2(0 * tops)",
+        "T5 and len700",
     ),
     _decode(
         "the last split is lost",
         "(first + split * per_split < end)",
         "(first + (split + 1) * per_split < end)",
+        "T5 and len700",
     ),
     _decode(
         "rows without a request stay as they were",
         "fills_rest=num_tokens == num_rows",
         "fills_rest=False",
+        "T5",
     ),
     _decode(
         "queries of another head",
         "query = head * inputs.heads_per_key + group",
         "query = head + group",
+        "T5 and K3",
     ),
     _prefill(
         "prefill misses its own token", "visible = at[None, :] <= ", "visible = at[None, :] < "
@@ -129,7 +160,10 @@ GPU = (
         "jnp.minimum(position + 1, last)[:, None]",
     ),
     _prefill(
-        "no window in the prefill", "visible = visible & (at[None, :] >= starts[:, None])", "pass"
+        "no window in the prefill",
+        "visible = visible & (at[None, :] >= starts[:, None])",
+        "pass",
+        "alone and T150 and 100-None",
     ),
     _prefill(
         "the prefill begins a block late",
@@ -150,6 +184,7 @@ GPU = (
         "a block at the window's start is taken whole",
         "pl.cdiv(inputs.first_visible(last), size)",
         "(inputs.first_visible(last) // size)",
+        "alone and T150 and 37-74",
     ),
     _prefill(
         "tokens beyond the last stay as they were", "is_request | (row == num_rows)", "is_request"
@@ -169,7 +204,12 @@ GPU = (
         "jnp.minimum(tile.num_tokens, plan.num_queries)",
         "plan.num_queries",
     ),
-    _prefill("decoding requests are attended again", "(row >= inputs.num_decode[0]) & ", ""),
+    _prefill(
+        "decoding requests are attended again",
+        "(row >= inputs.num_decode[0]) & ",
+        "",
+        "decode_and_prefill and G4 and T150",
+    ),
     _write(
         "rows are written a row late",
         "slot = position % page_size",
@@ -181,8 +221,10 @@ GPU = (
         "which = first_head + index // 2, index % 2",
         "which = first_head + index // 2, 1 - index % 2",
     ),
-    _write("padding is written", "pl.when(is_live & ", "pl.when("),
-    _write("page ids below 0 are written", " & (page >= 0)", ""),
-    _write("page ids beyond the last are written", " & (page < num_pages)", ""),
-    _write("scales are not written", "if inputs.row_scales is not None:", "if False:"),
+    _write("padding is written", "pl.when(is_live & ", "pl.when(", "T5 and page32"),
+    _write("page ids below 0 are written", " & (page >= 0)", "", "T5 and none"),
+    _write("page ids beyond the last are written", " & (page < num_pages)", "", "T5 and none"),
+    _write(
+        "scales are not written", "if inputs.row_scales is not None:", "if False:", "T5 and int8"
+    ),
 )
