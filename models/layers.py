@@ -22,16 +22,7 @@ def linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
     default would round them to bfloat16). Where devices share the inputs, each has its own part of
     the sums: `total` adds them up.
     """
-    if matrix.scales is not None:
-        return quantized_matmul(x, matrix.quantized(), matrix.dtype)
-    weight = decode(matrix.values[...])
-    return jax.lax.dot_general(
-        x.astype(weight.dtype),
-        weight,
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST if weight.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
+    return quantized_matmul(x, matrix.product(), matrix.dtype)
 
 
 def fine_linear(x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
@@ -64,7 +55,7 @@ def embed(token_ids: Int[Array, "T"], embedding: Matrix) -> Float[Array, "T D"]:
     if embedding.scales is None:
         values = decode(rows.values[...]).astype(jnp.float32)
     else:
-        values = dequantize(rows.quantized())
+        values = dequantize(rows.product())
     return sum_over(jnp.where(is_here[:, None], values, 0.0), MODEL_AXIS)
 
 

@@ -99,10 +99,10 @@ class Matrix(nnx.Module):
     def of_layer(self, index: Int[Array, ""]) -> "Matrix":
         """Returns one layer's, of a matrix that stacks layers.
 
-        Where kernels read quantized matrices in groups, it stays beside the others: they would be
-        handed a copy otherwise.
+        Where kernels read it, it stays beside the others: they would be handed a copy otherwise.
         """
-        is_read_in_place = self.target.platform != "cpu" and self.form.group is not None
+        platform, is_grouped = self.target.platform, self.form.group is not None
+        is_read_in_place = platform == "gpu" or (platform == "tpu" and is_grouped)
         named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
         parts = {name: part for name, part in named.items() if part is not None}
         if not is_read_in_place:
@@ -112,12 +112,11 @@ class Matrix(nnx.Module):
         held = (self.form, self.dtype, self.source)
         return Matrix(parts, self.axes, held, self.target, index if is_read_in_place else None)
 
-    def quantized(self) -> QuantizedMatrix:
+    def product(self) -> QuantizedMatrix:
         """Returns one layer's matrix, or an unstacked one, as the products' op takes it."""
-        assert self.scales is not None
         return QuantizedMatrix(
             values=self.values[...],
-            scales=self.scales[...],
+            scales=None if self.scales is None else self.scales[...],
             minimums=None if self.minimums is None else self.minimums[...],
             quantizes_inputs=self.form.quantizes_inputs,
             layer=self.layer,

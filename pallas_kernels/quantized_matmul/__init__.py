@@ -1,4 +1,4 @@
-"""Products with int8, 4-bit and fp8 matrices: the op that models call and its choice of body."""
+"""Products with matrices in any form: the op that models call and its choice of body."""
 
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -13,7 +13,7 @@ __all__ = ["QuantizedMatrix", "dequantize", "quantized_matmul"]
 def quantized_matmul(
     x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
 ) -> Float[Array, "T out"]:
-    """Multiplies x by the transpose of a quantized matrix; sums are f32, or int32 and then f32.
+    """Multiplies x by the transpose of a matrix; sums are f32, or int32 and then f32.
 
     `dtype` is what x and the values are rounded to, f32 or bfloat16, unless the matrix has its
     inputs rounded to int8. Most products are XLA's own, whatever the target; see each body for the

@@ -19,8 +19,8 @@ class QuantizedMatrix:
     Attributes:
         values: int8 or float8_e4m3fn `[out, in]`; or uint8 `[out, in / 2]`, two 4-bit values in a
             byte: those of a group's first half in the low bits, those of its second half in the
-            high ones.
-        scales: f32 `[out, groups]`; one group is the whole row.
+            high ones; or floats, f32, bfloat16 or its bits in uint16, which stand for themselves.
+        scales: f32 `[out, groups]`; one group is the whole row. None for floats.
         minimums: for 4-bit values, f32 `[out, groups]`: a value v stands for v * scale + minimum.
             Float, so that what was rounded so before (GGUF's Q4_1, AWQ, GPTQ) is held exactly. None
             for others, where v stands for v * scale.
@@ -33,7 +33,7 @@ class QuantizedMatrix:
     """
 
     values: Any
-    scales: Any
+    scales: Any = None
     minimums: Any = None
     quantizes_inputs: bool = field(default=False, metadata={"static": True})
     layer: Any = None
@@ -49,7 +49,7 @@ class QuantizedMatrix:
 
     @property
     def num_groups(self) -> int:
-        return self.scales.shape[-1]
+        return 1 if self.scales is None else self.scales.shape[-1]
 
     def alone(self) -> "QuantizedMatrix":
         """Returns the same matrix without the other layers'."""
@@ -57,12 +57,14 @@ class QuantizedMatrix:
             return self
 
         def own(part: Any) -> Any:
+            if part is None:
+                return None
             return jax.lax.dynamic_index_in_dim(part, self.layer, keepdims=False)
 
         return replace(
             self,
             values=own(self.values),
             scales=own(self.scales),
-            minimums=None if self.minimums is None else own(self.minimums),
+            minimums=own(self.minimums),
             layer=None,
         )

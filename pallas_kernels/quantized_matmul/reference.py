@@ -6,13 +6,15 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
-from pallasite.pallas_kernels.storage import quantize_rows
+from pallasite.pallas_kernels.storage import decode, quantize_rows
 
 
 def quantized_matmul(
     x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
 ) -> Float[Array, "T out"]:
     """See the op in the package."""
+    if matrix.scales is None:
+        return _dot(x, decode(matrix.values), dtype)
     if matrix.quantizes_inputs:
         return _multiply_integers(x, matrix)
     if matrix.num_groups == 1 and not matrix.is_packed:

@@ -99,7 +99,7 @@ class TestFormats:
 
 
 def replace_leaves(weight: Matrix, layer: int):
-    whole = weight.quantized()
+    whole = weight.product()
     minimums = None if whole.minimums is None else whole.minimums[layer]
     return replace(whole, values=whole.values[layer], scales=whole.scales[layer], minimums=minimums)
 

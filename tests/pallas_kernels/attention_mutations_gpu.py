@@ -1,6 +1,7 @@
 """Faults of the GPU's body of the paged attention op, see `attention_mutations.py`.
 
-Its tests are slow, so each fault names words of the settings that must see it.
+Its tests are slow, so each fault names words of the settings that must see it. The interpreter drops
+what is written beyond an array's end, so no test on a CPU can see that.
 """
 
 from tests.pallas_kernels.mutations import Mutation
@@ -204,12 +205,6 @@ GPU = (
         "jnp.minimum(tile.num_tokens, plan.num_queries)",
         "plan.num_queries",
     ),
-    _prefill(
-        "decoding requests are attended again",
-        "(row >= inputs.num_decode[0]) & ",
-        "",
-        "decode_and_prefill and G4 and T150",
-    ),
     _write(
         "rows are written a row late",
         "slot = position % page_size",
@@ -218,12 +213,11 @@ GPU = (
     _write("rows are written to the first layer", "layer = inputs.layer[0]", "layer = 0"),
     _write(
         "keys and values change places",
-        "which = first_head + index // 2, index % 2",
-        "which = first_head + index // 2, 1 - index % 2",
+        "place = out.values.at[layer, page, head[:, None], which[:, None]",
+        "place = out.values.at[layer, page, head[:, None], 1 - which[:, None]",
     ),
-    _write("padding is written", "pl.when(is_live & ", "pl.when(", "T5 and page32"),
+    _write("padding is written", "pl.when(is_live & ", "pl.when(", "decode_and_prefill and K3-G4"),
     _write("page ids below 0 are written", " & (page >= 0)", "", "T5 and none"),
-    _write("page ids beyond the last are written", " & (page < num_pages)", "", "T5 and none"),
     _write(
         "scales are not written", "if inputs.row_scales is not None:", "if False:", "T5 and int8"
     ),

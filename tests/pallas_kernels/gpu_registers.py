@@ -103,7 +103,8 @@ def _attention_limits(held_as: str, width: int) -> Iterator[tuple[str, Limit]]:
 
 
 def products(chip: str) -> Iterator[Program]:
-    kinds = (("int4", 32), ("int4", 128), ("int8", 128), ("w8a8", 128))
+    kinds = [(kind, None) for kind in ("bf16", "fp8", "int8", "w8a8")]
+    kinds += [("int4", 32), ("int4", 128), ("int8", 128), ("w8a8", 128)]
     for (kind, group), num_tokens in itertools.product(kinds, (16, 256)):
         yield Program(
             chip=chip,

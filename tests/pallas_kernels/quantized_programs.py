@@ -8,7 +8,13 @@ from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, quantized
 from pallasite.pallas_kernels.target import Target
 
 NUM_LAYERS = 4
-KINDS = {"int8": jnp.int8, "w8a8": jnp.int8, "int4": jnp.uint8, "fp8": jnp.float8_e4m3fn}
+KINDS = {
+    "bf16": jnp.bfloat16,
+    "int8": jnp.int8,
+    "w8a8": jnp.int8,
+    "int4": jnp.uint8,
+    "fp8": jnp.float8_e4m3fn,
+}
 
 
 def layers(
@@ -28,10 +34,9 @@ def layers(
     num_groups = 1 if group is None else num_inputs // group
     width = num_inputs // 2 if kind == "int4" else num_inputs
     shape = (NUM_LAYERS, num_rows, num_groups)
-    weights = {
-        "values": jax.ShapeDtypeStruct((NUM_LAYERS, num_rows, width), KINDS[kind]),
-        "scales": jax.ShapeDtypeStruct(shape, jnp.float32),
-    }
+    weights = {"values": jax.ShapeDtypeStruct((NUM_LAYERS, num_rows, width), KINDS[kind])}
+    if kind != "bf16":
+        weights["scales"] = jax.ShapeDtypeStruct(shape, jnp.float32)
     if kind == "int4":
         weights["minimums"] = jax.ShapeDtypeStruct(shape, jnp.float32)
 

@@ -1,4 +1,4 @@
-"""The GPU's products with matrices in groups, by interpretation, and which products are its own.
+"""The GPU's products of few tokens, by interpretation, and which products are its own.
 
 Tolerance: the oracle's, as for the reference, in test_quantized_matmul.py.
 """
@@ -17,6 +17,7 @@ from hypothesis import example, given, settings
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, gpu
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import quantized_programs
+from tests.pallas_kernels.quantized_oracle import rounded
 from tests.pallas_kernels.test_quantized_matmul import make_case, matrix_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -43,7 +44,7 @@ def test_products(kind):
     @given(
         T=st.integers(1, 140),
         out=st.integers(1, 150),
-        num_groups=st.integers(2, 9),
+        num_groups=st.integers(1, 9),
         group=st.sampled_from(gpu.GROUP_SIZES),
         spread=st.sampled_from([0.3, 3.0]),
         seed=st.integers(0, 2**32 - 1),
@@ -53,6 +54,7 @@ def test_products(kind):
     @example(T=129, out=65, num_groups=3, group=64, spread=0.3, seed=1)
     @example(T=16, out=64, num_groups=16, group=128, spread=3.0, seed=2)
     @example(T=5, out=70, num_groups=40, group=32, spread=0.3, seed=3)
+    @example(T=3, out=70, num_groups=1, group=256, spread=0.3, seed=4)
     def run(T, out, num_groups, group, spread, seed):
         rng = np.random.default_rng(seed)
         check(make_case(rng, kind, T, out, num_groups, group, spread))
@@ -60,27 +62,43 @@ def test_products(kind):
     run()
 
 
+@pytest.mark.parametrize("kind", ["int8", "w8a8", "fp8"])
+@pytest.mark.parametrize("width", [2, 66, 300, 1000])
+def test_whole_rows_may_be_of_any_width(kind, width, rng):
+    check(make_case(rng, kind, 5, 70, 1, width))
+
+
+@pytest.mark.parametrize("width", [2, 66, 1000])
+def test_floats_stand_for_themselves(width, rng):
+    x, values = (rng.standard_normal((n, width)).astype(np.float32) for n in (5, 70))
+    matrix = QuantizedMatrix(values=jnp.asarray(values, jnp.bfloat16))
+    out = gpu.quantized_matmul(jnp.asarray(x), matrix, interpret=True)
+    x, values = rounded(x), rounded(values)
+    tolerance = (width + 4) * 2.0**-24 * (np.abs(x) @ np.abs(values).T)
+    assert (np.abs(out - x @ values.T) <= tolerance).all()
+
+
+@pytest.mark.parametrize("num_groups", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_read_where_it_is_stacked(kind, rng):
-    cases = [make_case(rng, kind, 3, 70, 4, 32) for _ in range(3)]
+def test_a_layer_is_read_where_it_is_stacked(kind, num_groups, rng):
+    cases = [make_case(rng, kind, 3, 70, num_groups, 32) for _ in range(3)]
     matrices = [matrix_of(case) for case in cases]
     stacked = jax.tree.map(lambda *parts: jnp.stack(parts), *matrices)
     for layer, case in enumerate(cases):
         matrix = replace(stacked, layer=jnp.asarray(layer, jnp.int32))
         check(case, matrix)
-        assert all(
-            np.array_equal(a, b)
-            for a, b in zip(
-                jax.tree.leaves(matrix.alone()), jax.tree.leaves(matrices[layer]), strict=True
-            )
-        )
+        parts = zip(*map(jax.tree.leaves, (matrix.alone(), matrices[layer])), strict=True)
+        assert all(np.array_equal(own, alone) for own, alone in parts)
 
 
+@pytest.mark.parametrize("num_groups", [1, 4])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_wrong_product_would_be_seen(kind, rng):
-    case = make_case(rng, kind, 24, 17, 4, 32, spread=0.3)
+def test_a_wrong_product_would_be_seen(kind, num_groups, rng):
+    case = make_case(rng, kind, 24, 17, num_groups, 32, spread=0.3)
     out = run(case)
-    faults = {"a dropped group", "the next row's scale", "the neighbour's scale"}
+    faults = {"a dropped group", "the next row's scale"}
+    if num_groups > 1:
+        faults.add("the neighbour's scale")
     if kind == "int4":
         faults |= {"nibbles swapped", "no minimum"}
     for fault in faults:
@@ -108,9 +126,12 @@ def test_groups_and_few_tokens_are_the_kernels(kind, chip):
     assert is_kernel(lowered(chip, group=32, is_stacked=False, **small))
 
 
-@pytest.mark.parametrize("kind", ["int8", "w8a8", "fp8"])
-def test_a_scale_for_each_row_is_left_to_xla(kind):
-    assert not is_kernel(lowered(kind=kind, group=None, num_inputs=1024, num_rows=200))
+@pytest.mark.parametrize("kind", ["bf16", "int8", "w8a8", "fp8"])
+def test_whole_rows_are_xlas_where_they_are_not_stacked(kind):
+    small = {"kind": kind, "group": None, "num_inputs": 1000, "num_rows": 200}
+    assert is_kernel(lowered(**small))
+    assert not is_kernel(lowered(is_stacked=False, **small))
+    assert not is_kernel(lowered(num_tokens=gpu.MAX_TOKENS + 1, **small))
 
 
 def test_what_else_is_left_to_xla():

@@ -101,6 +101,8 @@ def test_decode_and_prefill(body, setting):
         ([(1, most), (T - 1, most)], 1, 0),
         ([(1, page + 1), (1, most), (T // 2, most)], 2, 6),
         ([(1, most - 1), (0, 1), (1, 1)], 1, 0),
+        # Every row is in use, the last one too, and tokens are left.
+        ([(1, page)] * (setting.B - 1) + [(2, 3)], setting.B - 1, 0),
     ]
     check(body, setting, mixed_batches(setting), examples)
 
