@@ -1,7 +1,7 @@
 """Faults of the GPU's body of the paged attention op, see `attention_mutations.py`.
 
-Its tests are slow, so each fault names words of the settings that must see it. The interpreter drops
-what is written beyond an array's end, so no test on a CPU can see that.
+Its tests are slow, so each fault names words of the settings that must see it. The interpreter
+drops what is written beyond an array's end, so no test on a CPU can see that.
 """
 
 from tests.pallas_kernels.mutations import Mutation
