@@ -98,11 +98,10 @@ def draw(path: Path, figures: Sequence[Figures]) -> None:
     figure = Figure(figsize=(8, 0.22 * sum(heights)), layout="constrained")
     axes = figure.subplots(len(panels), squeeze=False, height_ratios=heights)[:, 0]
     for axis, (title, bars) in zip(axes, panels, strict=True):
-        names = [
-            f"{f.chip}  {f.kernel}, {f.cache} ({number})" for number, (f, _) in _numbered(bars)
-        ]
+        names = [f"{f.chip}  {_label(f)}" for f, _ in bars]
         colours = ["C0" if f.kernel.startswith("Pallasite") else "C7" for f, _ in bars]
-        drawn = axis.barh(names, [value for _, value in bars], color=colours)
+        drawn = axis.barh(range(len(bars)), [value for _, value in bars], color=colours)
+        axis.set_yticks(range(len(bars)), names)
         axis.bar_label(drawn, fmt="{:,.0f}", fontsize=7, padding=2)
         axis.set_title(f"{title}; static", fontsize=9)
         axis.tick_params(labelsize=7)
@@ -111,8 +110,10 @@ def draw(path: Path, figures: Sequence[Figures]) -> None:
     figure.savefig(path, format="png", dpi=90)
 
 
-def _numbered(bars: list[Any]) -> Iterable[tuple[int, Any]]:
-    return enumerate(bars, 1)
+def _label(figures: Figures) -> str:
+    """Block sizes tell JAX's apart."""
+    is_own = figures.kernel.startswith("Pallasite") or not figures.blocks
+    return f"{figures.kernel}, {figures.cache}" + ("" if is_own else f" ({figures.blocks})")
 
 
 def _of(figures: Sequence[Figures], kind: type[_Figures]) -> list[_Figures]:
