@@ -25,6 +25,7 @@ def decode(num_tokens: int, page: int, block_pages: int, piece_pages: int, tile:
     return Count(
         times={
             "if": 1,
+            "run": 1,
             "start_first": 0,
             "take_block": num_blocks,
             "fetch_next": 1,
@@ -71,6 +72,7 @@ def write_page(page: int, tile: int) -> Count:
     return Count(
         times={
             "if": 1,
+            "run": 1,
             "start_first": 0,
             "start_next": 1,
             "wait_for_tile": page // tile,

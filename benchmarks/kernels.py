@@ -50,9 +50,16 @@ def main() -> None:
     if args.plot is not None:
         report.check_plot()
     targets = [_target(name) for name in args.target]
-    if args.tune:
-        _tune(targets, args)
-        return
+    try:
+        if args.tune:
+            _tune(targets, args)
+        else:
+            _show(targets, args)
+    except (CompileError, UnknownRegionsError) as error:
+        raise ConfigError(str(error)) from error
+
+
+def _show(targets: list[Target], args: argparse.Namespace) -> None:
     figures: list[Figures] = []
     # GPUs first: their compiler may be missing, and the TPU's kernels take long.
     for target in sorted(targets, key=lambda target: target.platform):
@@ -89,10 +96,7 @@ def _tune(targets: list[Target], args: argparse.Namespace) -> None:
 
 def _figures(target: Target, args: argparse.Namespace) -> Iterator[Figures]:
     make = {"tpu": _tpu_figures, "gpu": _gpu_figures}[target.platform]
-    try:
-        yield from make(_compiler(target, args), args.against == "jax")
-    except (CompileError, UnknownRegionsError) as error:
-        raise ConfigError(str(error)) from error
+    yield from make(_compiler(target, args), args.against == "jax")
 
 
 def _compiler(target: Target, args: argparse.Namespace) -> Compiler:
