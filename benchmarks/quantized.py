@@ -46,6 +46,8 @@ class Figures:
         moved_bytes: that instructions of the loop read and write.
         temporary_bytes: device memory of the program beside what it is given.
         bundles: of the loop's instructions.
+        is_lower_bound: whether some of them have loops whose count is not known, and so are left
+            out of `bundles`.
         compile_s: seconds.
     """
 
@@ -57,6 +59,7 @@ class Figures:
     moved_bytes: float
     temporary_bytes: int
     bundles: float
+    is_lower_bound: bool
     compile_s: float
 
     def break_even_hz(self, target: Target) -> float:
@@ -139,7 +142,7 @@ def figures(target: Target, form: str, shape: str, num_tokens: int, body: str) -
     )
     held = jax.tree.leaves(stacked_matrix(form, *map(int, shape.split("x"))))
     stored = sum(leaf.size * leaf.dtype.itemsize for leaf in held) // NUM_LAYERS
-    moved, bundles = per_layer(told)
+    moved, bundles, is_lower_bound = per_layer(told)
     assert told.memory is not None
     return Figures(
         form=form,
@@ -150,6 +153,7 @@ def figures(target: Target, form: str, shape: str, num_tokens: int, body: str) -
         moved_bytes=moved + stored * len(told.kernels),
         temporary_bytes=told.memory.temporaries,
         bundles=bundles,
+        is_lower_bound=is_lower_bound,
         compile_s=told.compile_s,
     )
 
@@ -159,15 +163,22 @@ def has_kernel(form: str, shape: str) -> bool:
     return tpu.takes(stacked_matrix(form, *map(int, shape.split("x"))), jnp.dtype(jnp.bfloat16))
 
 
-def per_layer(told: Report) -> tuple[float, float]:
-    """Returns the bytes and the bundles of all that is in the loop over layers."""
+def per_layer(told: Report) -> tuple[float, float, bool]:
+    """Returns the bytes and the bundles of all that is in the loop over layers.
+
+    The third value tells whether a fusion or a kernel is missing from the bundles. Others without
+    bundles are a scalar's.
+    """
     moved = bundles = 0.0
+    is_lower_bound = False
     for instruction in told.instructions:
         if instruction.times % NUM_LAYERS == 0:
             times = instruction.times / NUM_LAYERS
             moved += times * ((instruction.bytes_read or 0) + (instruction.bytes_written or 0))
             bundles += times * (instruction.bundles or 0)
-    return moved, bundles
+            is_large = instruction.opcode in ("fusion", "custom-call")
+            is_lower_bound |= is_large and instruction.bundles is None
+    return moved, bundles, is_lower_bound
 
 
 def table(target: Target, rows: Iterable[Figures]) -> str:
@@ -192,8 +203,8 @@ def table(target: Target, rows: Iterable[Figures]) -> str:
             f"{row.stored_bytes / 1e6:.1f}",
             f"{row.moved_bytes / 1e6:.1f}",
             f"{row.temporary_bytes / 1e6:.1f}",
-            f"{row.bundles:,.0f}",
-            f"{row.break_even_hz(target) / 1e9:.2f}",
+            f"{'>= ' if row.is_lower_bound else ''}{row.bundles:,.0f}",
+            f"{'>= ' if row.is_lower_bound else ''}{row.break_even_hz(target) / 1e9:.2f}",
         ]
         for row in rows
     ]

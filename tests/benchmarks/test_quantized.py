@@ -1,5 +1,7 @@
 """The static figures of quantized products: the cases, and what is made of a report."""
 
+from dataclasses import replace
+
 import jax
 import pytest
 
@@ -57,7 +59,6 @@ def test_figures_are_a_layers():
         run(1, 10**9, 10**9, 10**9),
         run(NUM_LAYERS, 100, 10, 7),
         run(4 * NUM_LAYERS, 1, 0, 2),
-        run(NUM_LAYERS, None, None, None),
     )
     told = Report(
         function="",
@@ -69,7 +70,9 @@ def test_figures_are_a_layers():
         kernels=(),
         instructions=instructions,
     )
-    assert per_layer(told) == (114, 15)
+    assert per_layer(told) == (114, 15, False)
+    unknown = replace(told, instructions=(*instructions, run(NUM_LAYERS, None, None, None)))
+    assert per_layer(unknown) == (114, 15, True)
 
 
 def test_the_clock_below_which_memory_decides():
@@ -82,8 +85,11 @@ def test_the_clock_below_which_memory_decides():
         moved_bytes=3000,
         temporary_bytes=0,
         bundles=1.5,
+        is_lower_bound=False,
         compile_s=1,
     )
     # v6e reads 1640 bytes in a nanosecond.
     assert figures.break_even_hz(V6E) == pytest.approx(1.5e9)
     assert table(V6E, [figures]).splitlines()[-1].split()[-1] == "1.50"
+    bound = table(V6E, [replace(figures, is_lower_bound=True)])
+    assert bound.splitlines()[-1].split()[-2:] == [">=", "1.50"]
