@@ -131,7 +131,7 @@ def stacked_matrix(form: str, num_rows: int, num_inputs: int) -> QuantizedMatrix
 def figures(target: Target, form: str, shape: str, num_tokens: int, body: str) -> Figures | None:
     """Compiles one case and reads its figures off the report; None where there is no kernel."""
     options = {"form": form, "shape": shape, "num_tokens": num_tokens, "body": body}
-    if body == "kernel" and not has_kernel(form, shape):
+    if body == "kernel" and not has_kernel(form, shape, num_tokens):
         return None
     told = compile_for(
         "benchmarks.quantized:layers",
@@ -158,9 +158,10 @@ def figures(target: Target, form: str, shape: str, num_tokens: int, body: str) -
     )
 
 
-def has_kernel(form: str, shape: str) -> bool:
-    """Whether the op has a TPU's kernel for a matrix."""
-    return tpu.takes(stacked_matrix(form, *map(int, shape.split("x"))), jnp.dtype(jnp.bfloat16))
+def has_kernel(form: str, shape: str, num_tokens: int) -> bool:
+    """Whether the op has a TPU's kernel for a product."""
+    matrix = stacked_matrix(form, *map(int, shape.split("x")))
+    return tpu.takes(num_tokens, matrix, jnp.dtype(jnp.bfloat16))
 
 
 def per_layer(told: Report) -> tuple[float, float, bool]:

@@ -25,6 +25,6 @@ def quantized_matmul(
         raise ValueError(f"got {matrix.num_groups} groups of {matrix.num_inputs} inputs; not whole")
     if matrix.target.platform == "gpu" and gpu.takes(x.shape[0], matrix, dtype):
         return gpu.quantized_matmul(x, matrix)
-    if matrix.target.platform == "tpu" and tpu.takes(matrix, dtype):
+    if matrix.target.platform == "tpu" and tpu.takes(x.shape[0], matrix, dtype):
         return tpu.quantized_matmul(x, matrix)
     return reference.quantized_matmul(x, matrix.alone(), dtype)

@@ -25,12 +25,20 @@ from pallasite.pallas_kernels.storage import quantize_rows
 MOST_GROUP = 1024
 """Inputs of a group: so many products of int8 sum up exactly in f32, too."""
 
+MOST_TOKENS = 512
+"""With more, XLA's own product makes up for its detours."""
+
+MOST_INTEGER_TOKENS = 256
+"""Where inputs are int8, too: with more, static figures do not show that a kernel is better."""
+
 MOST_SPREAD = 128
 """Tokens times groups of a chunk: with more, values are scaled before they are multiplied."""
 
 
-def takes(matrix: QuantizedMatrix, dtype: DTypeLike) -> bool:
+def takes(num_tokens: int, matrix: QuantizedMatrix, dtype: DTypeLike) -> bool:
     """Tells whether a product is one for these kernels."""
+    if num_tokens > (MOST_INTEGER_TOKENS if matrix.quantizes_inputs else MOST_TOKENS):
+        return False
     if matrix.num_groups == 1 or matrix.values.dtype not in (jnp.int8, jnp.uint8):
         return False
     if not matrix.quantizes_inputs and dtype != jnp.bfloat16:

@@ -25,10 +25,11 @@ def test_a_case_is_traced():
 
 
 def test_a_kernel_is_there_for_groups_alone():
-    assert has_kernel("int4:32", "4096x4096")
-    assert has_kernel("w8a8:128", "4096x14336")
-    assert not has_kernel("int8", "4096x4096")
-    assert not has_kernel("fp8", "4096x4096")
+    assert has_kernel("int4:32", "4096x4096", 512)
+    assert has_kernel("w8a8:128", "4096x14336", 256)
+    assert not has_kernel("w8a8:128", "4096x14336", 257)
+    assert not has_kernel("int8", "4096x4096", 8)
+    assert not has_kernel("fp8", "4096x4096", 8)
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ needs_tpu_compiler = pytest.mark.skipif(
 
 def run(case, target=V6E, **given):
     matrix = replace(given.get("matrix") or matrix_of(case), target=target)
-    assert tpu.takes(matrix, jnp.dtype(jnp.bfloat16))
+    assert tpu.takes(1, matrix, jnp.dtype(jnp.bfloat16))
     return np.asarray(tpu.quantized_matmul(jnp.asarray(case.x), matrix, interpret=True))
 
 
@@ -116,18 +116,22 @@ def test_huge_and_tiny_magnitudes(kind, T, x_size, scale, rng):
 
 
 def test_what_is_left_to_xla():
-    def takes(dtype=jnp.bfloat16, **options):
+    def takes(num_tokens=4, dtype=jnp.bfloat16, **options):
         shape = {"num_inputs": 1024, "num_rows": 256} | options
         case = quantized_programs.layers(V6E, **shape)
         layer = jax.ShapeDtypeStruct((), jnp.int32)
         matrix = QuantizedMatrix(
             **case.arguments[1], quantizes_inputs=options.get("kind") == "w8a8", layer=layer
         )
-        return tpu.takes(matrix, jnp.dtype(dtype))
+        return tpu.takes(num_tokens, matrix, jnp.dtype(dtype))
 
     assert takes()
     assert takes(kind="int8", group=128)
     assert takes(kind="w8a8", group=32, dtype=jnp.float32)
+    assert takes(num_tokens=tpu.MOST_TOKENS)
+    assert not takes(num_tokens=tpu.MOST_TOKENS + 1)
+    assert takes(kind="w8a8", num_tokens=tpu.MOST_INTEGER_TOKENS)
+    assert not takes(kind="w8a8", num_tokens=tpu.MOST_INTEGER_TOKENS + 1)
     assert not takes(dtype=jnp.float32)
     assert not takes(kind="int8", group=None)
     assert not takes(kind="fp8", group=128)
