@@ -44,12 +44,11 @@ def decode(num_tokens: int, page: int, block_pages: int, piece_pages: int, tile:
             "attend_piece": num_pieces,
             "wait_for_rows": 0,
         },
-        # Of few copies the compiler makes no branch.
-        may_lack=frozenset({"fetch_whole_block"} if block_pages < 8 else ()),
+        may_lack=_few({"fetch_whole_block"}, block_pages),
     )
 
 
-def prefill_block(scale: Number) -> Count:
+def prefill_block(scale: Number, block_pages: int) -> Count:
     """Returns the count of Pallasite's prefill for a block that all queries of a tile see.
 
     It is of the region take_block: the next block's fetch is in it.
@@ -58,12 +57,59 @@ def prefill_block(scale: Number) -> Count:
         times={
             "start_next": 1,
             "start_next_pair": 0,
+            "start_next/fetch_whole_block": 1,
             "start_next/fetch_some": 0,
             "wait_for_some": 0,
             "attend_clear": 1,
             "attend_masked": 0,
         },
         scale=scale,
+        may_lack=_few({"start_next/fetch_whole_block"}, block_pages),
+    )
+
+
+def prefill_prompt(num_tokens: int, page: int, tile_tokens: int, block_pages: int) -> Count:
+    """Returns the count of Pallasite's prefill for a prompt that nothing is cached of.
+
+    Whole tiles and pages; all of it, of the region "grid".
+    """
+    firsts = range(0, num_tokens, tile_tokens)
+    pages = [-(-(first + tile_tokens) // page) for first in firsts]
+    blocks = [-(-seen // block_pages) for seen in pages]
+    num_blocks, num_tiles = sum(blocks), len(firsts)
+    # The last block of a tile may have fewer pages. It is the tile's first, too, where it is alone.
+    cut = [seen % block_pages for seen in pages if seen % block_pages]
+    num_first_cut = sum(seen < block_pages for seen in pages)
+    num_later, num_later_cut = num_blocks - num_tiles, len(cut) - num_first_cut
+    num_clear = sum((first + 1) // (block_pages * page) for first in firsts)
+    num_masked = num_blocks - num_clear
+    later_cut = num_later_cut / max(num_later, 1)
+    first_cut = num_first_cut / num_tiles
+    fetched = sum(cut) / max(len(cut), 1)
+    return Count(
+        times={
+            "if": 1,
+            "run": 1,
+            "start_first": 0,
+            "take_block": num_blocks / num_tiles,
+            "start_next": num_later / num_blocks,
+            "start_next/fetch_whole_block": 1 - later_cut,
+            "start_next/fetch_some": later_cut,
+            "start_next_pair": num_tiles / num_blocks,
+            "start_next_pair/fetch_whole_block": 1 - first_cut,
+            "start_next_pair/fetch_some": first_cut,
+            "fetch_some/fetch_page": fetched,
+            "wait_for_some": len(cut) / num_blocks,
+            "wait_for_page": fetched,
+            "attend_clear": num_clear / num_blocks,
+            "attend_masked": num_masked / num_blocks,
+            "clear_page": (len(cut) * block_pages - sum(cut)) / num_masked,
+            "clear_rows": 0,
+        },
+        scale=num_tiles,
+        may_lack=_few(
+            {"start_next/fetch_whole_block", "start_next_pair/fetch_whole_block"}, block_pages
+        ),
     )
 
 
@@ -107,6 +153,23 @@ def ragged_prefill_block(scale: Number) -> Count:
     return Count(times={"prefetch_next_kv_blk": 1}, scale=scale)
 
 
+def ragged_prompt(num_tokens: int, block_tokens: int, num_queries: int) -> Count:
+    """Returns the count of JAX's ragged_paged_attention for a prompt that nothing is cached of.
+
+    Each block of queries goes through all of the request's cached tokens, those after it, too.
+    """
+    return Count(
+        times={
+            "if": 1,
+            "prefetch_first_kv_blk": 0,
+            "compute_with_cur_q_blk": 1,
+            "compute_with_kv_blk_in_cur_seq": -(-num_tokens // block_tokens),
+            "prefetch_next_kv_blk": 1,
+        },
+        scale=num_tokens // num_queries,
+    )
+
+
 def paged_decode(num_tokens: int, block_tokens: int, num_kv_heads: int) -> Count:
     """Returns the count of JAX's paged_attention, a key head in each grid step."""
     num_blocks = -(-num_tokens // block_tokens)
@@ -127,3 +190,8 @@ def paged_decode(num_tokens: int, block_tokens: int, num_kv_heads: int) -> Count
         scale=num_kv_heads,
         may_lack=frozenset({"advance_h"}),
     )
+
+
+def _few(names: set[str], block_pages: int) -> frozenset[str]:
+    """Of few copies the compiler makes no branch."""
+    return frozenset(names if block_pages < 8 else ())

@@ -26,6 +26,9 @@ NUM_UNITS = 16
 TILE_QUERIES, TILE_CACHED = 128, 512
 """Queries and cached tokens that prefill's figures are for."""
 
+PROMPT = 4096
+"""Tokens of a whole prompt."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Compiled:
@@ -83,6 +86,7 @@ class PrefillFigures(Compiled):
 
     Attributes:
         bundles: of TILE_QUERIES queries and TILE_CACHED cached tokens over all heads.
+        prompt: of a prompt of PROMPT tokens that nothing is cached of, all of it.
         use: shares of the units' slots in the innermost loop; that of the matrix unit bounds the
             share of the chip's operations that the kernel can reach.
         fills: registers read back, as `bundles`.
@@ -91,6 +95,7 @@ class PrefillFigures(Compiled):
     """
 
     bundles: float
+    prompt: float
     use: dict[str, float] = field(default_factory=dict)
     fills: float
     spills: float
@@ -168,9 +173,15 @@ class Compiler:
         report = self.report(kernel_cases, "tpu_prefill_case", blocks=taken)
         (kernel,) = report.kernels
         scale = self._scale(taken["tokens"], taken["pages"])
-        done = work(kernel, "take_block", kernel_counts.prefill_block(scale))
-        loop = find(kernel.root, "attend_clear/attend_heads").own
-        return self._prefill("Pallasite", _shown(taken), report, done, loop)
+        done = work(kernel, "take_block", kernel_counts.prefill_block(scale, taken["pages"]))
+        # Where all heads are taken at once there is no loop.
+        is_loop = taken["heads"] < self.shapes.num_kv_heads
+        place = "attend_clear/attend_heads" if is_loop else "attend_clear"
+        loop = find(kernel.root, place).own
+        prompt = kernel_counts.prefill_prompt(
+            PROMPT, self.shapes.page, taken["tokens"], taken["pages"]
+        )
+        return self._prefill("Pallasite", _shown(taken), report, done, loop, prompt)
 
     def write(self) -> WriteFigures:
         """Returns the figures of Pallasite's."""
@@ -200,9 +211,12 @@ class Compiler:
 
         decode = self._decode(name, blocks, report, count)
         body = "compute_with_kv_blk_in_cur_seq"
+        prompt = kernel_counts.ragged_prompt(PROMPT, block_tokens, num_queries)
         scale = self._scale(num_queries, block_pages)
         done = work(kernel, body, kernel_counts.ragged_prefill_block(scale))
-        return decode, self._prefill(name, blocks, report, done, find(kernel.root, body).own)
+        return decode, self._prefill(
+            name, blocks, report, done, find(kernel.root, body).own, prompt
+        )
 
     def paged(self, block_pages: int) -> DecodeFigures:
         """Returns the figures of JAX's paged_attention."""
@@ -257,7 +271,7 @@ class Compiler:
         )
 
     def _prefill(
-        self, name: str, blocks: str, report: Report, done: Work, loop: Work
+        self, name: str, blocks: str, report: Report, done: Work, loop: Work, prompt: Count
     ) -> PrefillFigures:
         (kernel,) = report.kernels
         return PrefillFigures(
@@ -267,6 +281,7 @@ class Compiler:
             blocks=blocks,
             compile_s=report.compile_s,
             bundles=done.bundles,
+            prompt=work(kernel, "grid", prompt).bundles,
             use=kernel.use(loop),
             fills=done.fills,
             spills=done.spills,

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from benchmarks.kernel_figures import (
     NUM_UNITS,
+    PROMPT,
     TILE_CACHED,
     TILE_QUERIES,
     UNEVEN,
@@ -176,6 +177,7 @@ def _prefill(figures: list[PrefillFigures]) -> Table:
             "blocks",
             "MXU",
             "bundles",
+            f"prompt of {PROMPT:,}",
             "slots in use",
             "fills",
             "spills",
@@ -190,6 +192,7 @@ def _prefill(figures: list[PrefillFigures]) -> Table:
                 f.blocks,
                 f"{f.use['MXU']:.0%}",
                 round(f.bundles),
+                round(f.prompt),
                 _use(f.use),
                 round(f.fills),
                 round(f.spills),

@@ -10,7 +10,7 @@ from itertools import product
 from pathlib import Path
 
 from benchmarks.kernel_cases import plain
-from benchmarks.kernel_figures import UNIT, Compiler
+from benchmarks.kernel_figures import PROMPT, UNIT, Compiler
 from benchmarks.kernel_page import Table
 from benchmarks.options import say
 from pallasite.pallas_kernels.compile import CompileError
@@ -24,14 +24,14 @@ DECODE_TOKENS = (1024, 2048)
 """Cached tokens of a block. Smaller ones hide less of the memory's latency, which no bundle shows;
 larger ones are more of a request's last block."""
 
-PIECE_TOKENS = (256, 512)
+PIECE_TOKENS = (512,)
 DECODE_HEADS = (4, 8)
 DECODE_SPILLS = 50
 """Of UNIT cached tokens at most."""
 
-PREFILL_QUERIES = 128
-PREFILL_TOKENS = (512, 1024)
-PREFILL_ROWS = (128, 256, 512)
+PREFILL_QUERIES = (128,)
+PREFILL_TOKENS = (256, 512, 1024)
+PREFILL_ROWS = (256, 512)
 PREFILL_PARTS = (8,)
 """Parts side by side in the program: its length, and so its time to compile."""
 
@@ -142,15 +142,15 @@ def _try_prefill(compiler: Compiler) -> Iterator[Tried]:
     shapes, page = compiler.shapes, compiler.shapes.page
     own = shapes.prefill_blocks(compiler.target)
     candidates = [own]
-    for tokens, rows, parts in product(PREFILL_TOKENS, PREFILL_ROWS, PREFILL_PARTS):
-        num_rows = PREFILL_QUERIES * shapes.group
+    for queries, tokens, rows, parts in product(
+        PREFILL_QUERIES, PREFILL_TOKENS, PREFILL_ROWS, PREFILL_PARTS
+    ):
+        num_rows = queries * shapes.group
         if num_rows % rows or tokens < page:
             continue
         heads = max(1, parts * rows // num_rows)
         if shapes.num_kv_heads % heads == 0:
-            blocks = PrefillBlocks(
-                tokens=PREFILL_QUERIES, pages=tokens // page, rows=rows, heads=heads
-            )
+            blocks = PrefillBlocks(tokens=queries, pages=tokens // page, rows=rows, heads=heads)
             candidates.append(blocks)
     for blocks in dict.fromkeys(candidates):
         say(f"{compiler.target.name}: prefill with {_shown(blocks)}")
@@ -159,7 +159,7 @@ def _try_prefill(compiler: Compiler) -> Iterator[Tried]:
         except CompileError:
             yield Tried(blocks=blocks, bundles=None)
             continue
-        yield Tried(blocks=blocks, bundles=figures.bundles, spills=figures.spills)
+        yield Tried(blocks=blocks, bundles=figures.prompt, spills=figures.spills)
 
 
 def _entry(compiler: Compiler, best: Tried) -> Entry:
@@ -167,7 +167,7 @@ def _entry(compiler: Compiler, best: Tried) -> Entry:
     unit = (
         f"per {UNIT:,} cached tokens"
         if isinstance(best.blocks, DecodeBlocks)
-        else "of 128 queries x 512 cached tokens"
+        else f"of a prompt of {PROMPT:,} tokens"
     )
     return Entry(
         chip=compiler.target.name,

@@ -125,13 +125,24 @@ def defined(module):
     ("count", "modules"),
     [
         (kernel_counts.decode(2048, 128, 16, 4, 16), OURS),
-        (kernel_counts.prefill_block(1), OURS),
+        (kernel_counts.prefill_block(1, 4), OURS),
+        (kernel_counts.prefill_prompt(4096, 128, 128, 4), OURS),
         (kernel_counts.write_page(128, 16), OURS),
         (kernel_counts.ragged_decode(2048, 1024, 2), (ragged_kernel,)),
         (kernel_counts.ragged_prefill_block(1), (ragged_kernel,)),
+        (kernel_counts.ragged_prompt(4096, 1024, 32), (ragged_kernel,)),
         (kernel_counts.paged_decode(2048, 2048, 8), (paged_attention_kernel,)),
     ],
-    ids=["decode", "prefill", "write", "ragged decode", "ragged prefill", "paged"],
+    ids=(
+        "decode",
+        "prefill",
+        "prompt",
+        "write",
+        "ragged decode",
+        "ragged prefill",
+        "ragged prompt",
+        "paged",
+    ),
 )
 def test_every_name_that_is_counted_is_a_function_of_the_kernel(count, modules):
     names = {name for path in count.times for name in path.split("/")} - {"if"}
@@ -159,6 +170,20 @@ def test_a_case_gives_its_kernel_what_it_takes(case, target, page, cache):
     assert jax.tree.leaves(jax.eval_shape(made.function, *made.arguments))
 
 
+def test_a_prompt_takes_the_blocks_that_its_tiles_see():
+    """Tiles of 128 of 512 tokens see 1, 2, 3 and 4 pages; blocks have 2."""
+    count = kernel_counts.prefill_prompt(512, 128, 128, 2)
+    assert count.scale == 4
+    assert count.times["take_block"] == 6 / 4
+    # The third tile sees two pages before it; the fourth three, of which a block is whole.
+    assert count.times["attend_clear"] == 2 / 6
+    assert count.times["wait_for_some"] == 2 / 6
+    assert count.times["start_next_pair/fetch_some"] == 1 / 4
+    assert count.times["start_next/fetch_some"] == 1 / 2
+    assert count.times["fetch_some/fetch_page"] == 1
+    assert count.times["clear_page"] == 2 / 4
+
+
 @pytest.fixture(scope="module")
 def small():
     return Compiler(target=V6E, shapes=SMALL, process=Process()).decode()
@@ -182,6 +207,7 @@ PREFILL = PrefillFigures(
     cache="int8",
     compile_s=21.25,
     bundles=5000,
+    prompt=90000,
     use={"MXU": 0.7, "VALU": 0.6},
     fills=1,
     spills=2,
