@@ -35,6 +35,10 @@ PREFILL_ROWS = (256, 512)
 PREFILL_PARTS = (8,)
 """Parts side by side in the program: its length, and so its time to compile."""
 
+LEAST_GAIN = 0.03
+"""What a candidate must save to take the place of what the op would take without it: smaller
+differences of bundles say nothing of a chip."""
+
 TABLE = Path(block_table.__file__)
 _START = "ENTRIES: tuple[Entry, ...] = "
 
@@ -66,8 +70,7 @@ def tune(compiler: Compiler) -> tuple[Table, list[Entry]]:
     for kind in (DecodeBlocks, PrefillBlocks):
         allowed = [one for one in tried if isinstance(one.blocks, kind) and one.is_allowed]
         if allowed:
-            # The first of equals: the op's own guess.
-            entries.append(_entry(compiler, min(allowed, key=lambda one: one.bundles or 0)))
+            entries.append(_entry(compiler, choose(allowed)))
     chosen = [entry.blocks for entry in entries]
     rows = tuple(
         (
@@ -77,12 +80,18 @@ def tune(compiler: Compiler) -> tuple[Table, list[Entry]]:
             _shown(one.blocks),
             None if one.bundles is None else round(one.bundles),
             round(one.spills),
-            "best" if one.blocks in chosen else "",
+            "chosen" if one.blocks in chosen else "",
         )
         for one in tried
     )
     headers = "chip", "kernel", "cache", "blocks", "bundles", "spills", ""
     return Table(name="tune", title="block sizes tried", headers=headers, rows=rows), entries
+
+
+def choose(allowed: list[Tried]) -> Tried:
+    """Returns the best, or the first, the op's own, where no other is better by LEAST_GAIN."""
+    first, best = allowed[0], min(allowed, key=lambda one: one.bundles or 0)
+    return best if (best.bundles or 0) <= (1 - LEAST_GAIN) * (first.bundles or 0) else first
 
 
 def write(new: list[Entry], path: Path = TABLE) -> None:

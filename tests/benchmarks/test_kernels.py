@@ -266,6 +266,16 @@ def entries_of(path, monkeypatch):
     return [dataclasses.asdict(entry) for entry in module.ENTRIES]
 
 
+def test_a_candidate_must_be_clearly_better():
+    blocks = DecodeBlocks(pages=16, piece_pages=4, heads=8)
+    own, other = (kernel_tune.Tried(blocks=blocks, bundles=n) for n in (1000, 980))
+    assert kernel_tune.choose([own, other]) is own
+    better = kernel_tune.Tried(blocks=blocks, bundles=960)
+    assert kernel_tune.choose([own, other, better]) is better
+    assert not kernel_tune.Tried(blocks=blocks, bundles=960, spills=51).is_allowed
+    assert not kernel_tune.Tried(blocks=blocks, bundles=None).is_allowed
+
+
 def test_tuning_replaces_the_entries_of_its_chip_and_shapes_alone(tmp_path, monkeypatch):
     path = tmp_path / "block_table.py"
     path.write_text(kernel_tune.TABLE.read_text())
