@@ -22,7 +22,7 @@ from pallasite.models.decoder import Decoder
 from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
-from pallasite.models.sharding import MeshShape, make_mesh, sharding
+from pallasite.models.sharding import DATA_AXIS, MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
 from pallasite.pallas_kernels.target import target_of
 
@@ -131,16 +131,15 @@ def plan_deployment(
     if num_pages is None:
         is_cpu = target.platform == "cpu"
         num_pages = default_cpu_pages(config, target.page_size, max_context_len) if is_cpu else 0
+    cache_spec = CacheSpec(
+        partition=abstract.partition, target=target, form=config.cache_form, num_pages=num_pages
+    )
+    _check_pages(cache_spec, mesh)
     return Deployment(
         config=config,
         model=placed(abstract, mesh),
         mesh=mesh,
-        cache_spec=CacheSpec(
-            partition=abstract.partition,
-            target=target,
-            form=config.cache_form,
-            num_pages=num_pages,
-        ),
+        cache_spec=cache_spec,
         max_context_len=max_context_len,
     )
 
@@ -163,6 +162,19 @@ def _bytes_a_device(tree: Any) -> int:
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(tree)
     )
+
+
+def _check_pages(spec: CacheSpec, mesh: Mesh) -> None:
+    refused, data = spec.refused_pages(mesh), mesh.shape[DATA_AXIS]
+    if spec.num_pages // data in refused:
+        fewer, more = (refused.start - 1) * data, refused.stop * data
+        page = spec.target.page_size
+        raise ConfigError(
+            f"got a cache of {spec.num_pages} pages, {spec.num_pages * page} tokens; on"
+            f" {spec.target.name} this model's cache in {spec.form} must be of at most {fewer}"
+            f" pages, {fewer * page} tokens, or of at least {more} pages, {more * page} tokens;"
+            " lower or raise --cache-tokens or --num-pages"
+        )
 
 
 def _context_len(config: EngineConfig, model: ModelConfig) -> int:

@@ -225,7 +225,14 @@ def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progre
         plan = deployment.memory_plan(programs.temporary_bytes(), limit)
     finally:
         programs.close()
-    return deployment.with_pages(pages_that_fit(plan) * deployment.config.mesh.data)
+    num_pages, refused = pages_that_fit(plan), deployment.cache_spec.refused_pages(deployment.mesh)
+    if num_pages in refused:
+        progress(
+            f"{num_pages} pages would fit, but this device's kernels take at most"
+            f" {refused.start - 1}, or at least {refused.stop}"
+        )
+        num_pages = refused.start - 1
+    return deployment.with_pages(num_pages * deployment.config.mesh.data)
 
 
 def _prepare(programs: Programs, deployment: Deployment, progress: Progress) -> None:

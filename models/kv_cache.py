@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from pallasite.models.partition import Partition
-from pallasite.models.sharding import sharding
-from pallasite.pallas_kernels.paged_attention import PagedCache
+from pallasite.models.sharding import DATA_AXIS, sharding
+from pallasite.pallas_kernels.paged_attention import PagedCache, refused_pages
 from pallasite.pallas_kernels.storage import storage_dtype
 from pallasite.pallas_kernels.target import Target
 
@@ -62,6 +62,12 @@ class CacheSpec:
     def num_bytes(self) -> int:
         """Bytes over all devices."""
         return self.num_pages * self.page_bytes
+
+    def refused_pages(self, mesh: Mesh) -> range:
+        """Returns the numbers of pages of a data shard that the target's kernels do not take."""
+        values = replace(self, num_pages=mesh.shape[DATA_AXIS]).abstract(mesh).values
+        one = jax.ShapeDtypeStruct(values.sharding.shard_shape(values.shape), values.dtype)
+        return refused_pages(PagedCache(values=one), self.target)
 
     def abstract(self, mesh: Mesh) -> PagedCache:
         """Returns the cache's shapes, dtypes and placements, for compiling without memory."""

@@ -37,11 +37,15 @@ def padded(length: int) -> int:
     return max(16, pl.next_power_of_2(length))
 
 
-def is_addressable(array: Any) -> bool:
-    """Tells whether a kernel finds each element of an array.
+def unreached(itemsize: int) -> range:
+    """Returns of how many elements an array must not be: a kernel would not find them all.
 
     Pallas counts elements with 64 bits in arrays of more than 4 GiB, else with 32, which are
     signed: too few for 8-bit elements from 2 GiB on.
     """
-    num_elements = math.prod(array.shape)
-    return num_elements <= 2**31 or num_elements * array.dtype.itemsize > 2**32
+    return range(2**31 + 1, 2**32 // itemsize + 1)
+
+
+def is_addressable(array: Any) -> bool:
+    """Tells whether a kernel finds each element of an array."""
+    return math.prod(array.shape) not in unreached(array.dtype.itemsize)

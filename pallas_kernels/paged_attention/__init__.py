@@ -13,8 +13,9 @@ from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.paged_attention import gpu, reference, tpu
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.target import Target
 
-__all__ = ["AttentionConfig", "PagedCache", "Ragged", "paged_attention"]
+__all__ = ["AttentionConfig", "PagedCache", "Ragged", "paged_attention", "refused_pages"]
 
 _BODIES = {
     "cpu": reference.paged_attention,
@@ -54,6 +55,14 @@ def paged_attention(
             f" platforms {', '.join(_BODIES)}"
         )
     return body(q, kv_new, cache, layer, ragged, config, sinks)
+
+
+def refused_pages(cache: PagedCache, target: Target) -> range:
+    """Returns the numbers of pages that a cache like this, of one device, must not have.
+
+    The cache has a page at least, and may be abstract. The target's body refuses it with those.
+    """
+    return gpu.refused_pages(cache.values) if target.platform == "gpu" else range(0)
 
 
 def _check(

@@ -1,5 +1,8 @@
 """Paged attention on GPUs: three kernels of Pallas's Triton backend, one after the other."""
 
+import math
+from typing import Any
+
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
@@ -7,7 +10,7 @@ from pallasite.pallas_kernels.paged_attention.gpu_block import Inputs
 from pallasite.pallas_kernels.paged_attention.gpu_decode import attend_decode
 from pallasite.pallas_kernels.paged_attention.gpu_prefill import attend_prefill
 from pallasite.pallas_kernels.paged_attention.gpu_write import write
-from pallasite.pallas_kernels.triton import is_addressable
+from pallasite.pallas_kernels.triton import unreached
 
 
 def paged_attention(
@@ -23,10 +26,12 @@ def paged_attention(
 
     Raises ValueError for a cache that Pallas would address wrongly.
     """
-    if not is_addressable(cache.values):
+    refused = refused_pages(cache.values)
+    if cache.values.shape[1] in refused:
         raise ValueError(
             f"got a cache {cache.values.shape} of {cache.values.dtype}; on GPUs one of 8 bits must"
-            " be of at most 2 GiB or of more than 4 GiB; give it fewer pages or more"
+            f" be of at most 2 GiB or of more than 4 GiB; give it {refused.start - 1} pages at"
+            f" most, or {refused.stop} at least"
         )
     cache = write(kv_new, cache, layer, ragged, config)
     inputs = Inputs.make(q, cache, layer, ragged, config, sinks)
@@ -34,3 +39,10 @@ def paged_attention(
     if q.shape[0] > ragged.kv_lens.shape[0]:
         out = attend_prefill(inputs, out, config)
     return out, cache
+
+
+def refused_pages(values: Any) -> range:
+    """Returns the numbers of pages with which Pallas would address a cache like this wrongly."""
+    refused = unreached(values.dtype.itemsize)
+    num_elements = math.prod(values.shape) // values.shape[1]
+    return range(-(-refused.start // num_elements), -(-refused.stop // num_elements))

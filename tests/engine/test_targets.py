@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallasite.engine import ConfigError, Engine, EngineConfig
+from pallasite.engine import ConfigError, Engine, EngineConfig, runtime
 from pallasite.engine import deployment as deployments
 from pallasite.engine.deployment import plan_deployment
+from pallasite.models.sharding import MeshShape
 from pallasite.pallas_kernels import paged_attention
 from pallasite.pallas_kernels.paged_attention import reference
 from pallasite.pallas_kernels.target import CPU, GPU, H100, V6E, V7X
@@ -78,6 +79,49 @@ def test_an_fp8_cache_is_planned_where_it_is_multiplied(target, be):
     assert planned.cache_spec.form == "fp8"
     assert planned.model.target is target
     assert planned.memory_plan(0, None).cache == planned.cache_spec.num_bytes > 0
+
+
+PAGES_OF_2_GIB = 2**31 // (TINY.num_layers * TINY.num_kv_heads * 2 * 32 * TINY.head_width)
+"""Of a cache of 8 bits on a GPU; its kernels take none above that, up to twice as many."""
+
+
+def in_8_bits(num_pages, **values):
+    return EngineConfig(cache="int8", num_pages=num_pages, max_requests=4, **values)
+
+
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2, model=2)], ids=str)
+def test_a_cache_that_a_gpus_kernels_do_not_take_is_refused_before_anything_is_compiled(mesh, be):
+    be(H100)
+    most = PAGES_OF_2_GIB * mesh.num_devices
+    for num_pages in (most, 2 * most + mesh.data):
+        plan_deployment(TINY, in_8_bits(num_pages, mesh=mesh))
+    for num_pages in (most + mesh.data, 2 * most):
+        with pytest.raises(ConfigError) as caught:
+            plan_deployment(TINY, in_8_bits(num_pages, mesh=mesh))
+        assert str(caught.value) == (
+            f"got a cache of {num_pages} pages, {32 * num_pages} tokens; on gpu:h100 this model's"
+            f" cache in int8 must be of at most {most} pages, {32 * most} tokens, or of at least"
+            f" {2 * most + mesh.data} pages, {32 * (2 * most + mesh.data)} tokens; lower or raise"
+            " --cache-tokens or --num-pages"
+        )
+    by_tokens = in_8_bits(None, cache_tokens=32 * 2 * most, mesh=mesh)
+    with pytest.raises(ConfigError, match=f"got a cache of {2 * most} pages"):
+        plan_deployment(TINY, by_tokens)
+    # Of 16 bits they take any.
+    plan_deployment(TINY, replace(by_tokens, cache="auto"))
+
+
+def test_a_cache_that_takes_what_is_left_is_one_that_a_gpus_kernels_take(be, monkeypatch):
+    be(H100)
+    deployment = plan_deployment(TINY, in_8_bits(None))
+    monkeypatch.setattr(runtime.Programs, "compile", lambda self, progress: None)
+    monkeypatch.setattr(runtime.Programs, "temporary_bytes", lambda self: 10**6)
+    lines = []
+    filled = runtime._fill_with_cache(deployment, 3 * 2**30, lines.append)
+    assert filled.cache_spec.num_pages == PAGES_OF_2_GIB
+    assert f"kernels take at most {PAGES_OF_2_GIB}, or at least" in lines[-1]
+    larger = runtime._fill_with_cache(deployment, 6 * 2**30, lines.append)
+    assert larger.cache_spec.num_pages > 2 * PAGES_OF_2_GIB
 
 
 @pytest.mark.parametrize("target", [V6E, H100], ids=lambda target: target.name)

@@ -9,6 +9,7 @@ import re
 import jax
 import pytest
 
+from pallasite.pallas_kernels import paged_attention
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import attention_programs, gpu_registers
 
@@ -58,11 +59,32 @@ def test_a_bucket_for_decoding_alone_has_no_prefill():
 
 @pytest.mark.parametrize("held_as", ["int8", "float8_e4m3fn"])
 def test_a_cache_that_would_be_addressed_wrongly_is_refused(held_as):
-    # 8 layers of 256 KiB a page.
+    # 8 layers of 64 KiB a page.
     of_2_gib = {"held_as": held_as, "num_pages": 2**31 // (8 * 2**16)}
     lowered(**of_2_gib)
+    words = "at most 2 GiB or of more than 4 GiB; give it 4096 pages at most, or 8193 at least"
     for num_pages in (of_2_gib["num_pages"] + 1, 2 * of_2_gib["num_pages"]):
-        with pytest.raises(ValueError, match="must be of at most 2 GiB or of more than 4 GiB"):
+        with pytest.raises(ValueError, match=words):
             lowered(held_as=held_as, num_pages=num_pages)
     lowered(held_as=held_as, num_pages=2 * of_2_gib["num_pages"] + 1)
     lowered(num_pages=of_2_gib["num_pages"] + 1)
+
+
+@pytest.mark.parametrize(
+    ("held_as", "page_values", "refused"),
+    [
+        ("int8", 2**19, range(4097, 8193)),
+        # Of neither 2 GiB nor 4 GiB a divisor.
+        ("int8", 3 * 2**19, range(1366, 2731)),
+        ("float8_e4m3fn", 2**19, range(4097, 8193)),
+        ("bfloat16", 2**19, range(0)),
+        ("float32", 2**19, range(0)),
+    ],
+)
+def test_the_op_says_which_numbers_of_pages_its_kernels_refuse(held_as, page_values, refused):
+    values = jax.ShapeDtypeStruct((2, 5, 1, 2, 32, page_values // 128), held_as)
+    cache = paged_attention.PagedCache(values=values)
+    told = paged_attention.refused_pages(cache, find_target("gpu:h100"))
+    assert len(told) == len(refused)
+    assert not refused or told == refused
+    assert not paged_attention.refused_pages(cache, find_target("tpu:v6e"))
