@@ -24,7 +24,7 @@ from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
-from pallasite.pallas_kernels.target import target_of
+from pallasite.pallas_kernels.target import Target, target_of
 
 MAX_VIRTUAL_DEVICES = 256
 """Into how many a CPU is cut at most: a larger mesh is refused, not tried."""
@@ -116,7 +116,7 @@ def plan_deployment(
     Raises ConfigError where the model cannot be served so.
     """
     devices = devices or devices_for(config.mesh)
-    target = target_of(devices[0].platform, devices[0].device_kind)
+    target = target_for(devices[0])
     if config.cache_form == "fp8" and not target.multiplies_fp8:
         raise ConfigError(
             f"got cache='fp8' for {target.name}, which does not multiply fp8; allowed are auto and"
@@ -154,6 +154,16 @@ def devices_for(mesh: MeshShape) -> list[jax.Device]:
             count = min(mesh.num_devices, MAX_VIRTUAL_DEVICES)
             jax.config.update("jax_num_cpu_devices", count)
     return jax.devices()
+
+
+def target_for(device: jax.Device) -> Target:
+    """Returns what is compiled for on a device; raises ConfigError where nothing can be."""
+    try:
+        return target_of(device.platform, device.device_kind)
+    except NotImplementedError as error:
+        raise ConfigError(
+            f"{error}; take a machine with one of them, or set JAX_PLATFORMS=cpu to use its CPU"
+        ) from error
 
 
 def _bytes_a_device(tree: Any) -> int:

@@ -12,14 +12,13 @@ from typing import Any
 import jax
 
 from pallasite.engine.config import EngineConfig
-from pallasite.engine.deployment import devices_for, plan_deployment
+from pallasite.engine.deployment import devices_for, plan_deployment, target_for
 from pallasite.engine.planner import memory_limit
 from pallasite.models import pull as models_pull
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import make_mesh
 from pallasite.models.weights import num_bytes
-from pallasite.pallas_kernels.target import target_of
 from pallasite.server.arguments import engine_config
 from pallasite.server.progress import progress_printer
 
@@ -35,7 +34,7 @@ def info(args: argparse.Namespace) -> int:
     config = engine_config(args)
     devices = devices_for(config.mesh)
     make_mesh(config.mesh, devices)  # one that is too large is refused without a MODEL, too
-    target = target_of(devices[0].platform, devices[0].device_kind)
+    target = target_for(devices[0])
     facts: dict[str, Any] = {
         "versions": {
             "pallasite": importlib.metadata.version("pallasite"),

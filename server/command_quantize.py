@@ -8,6 +8,7 @@ from pathlib import Path
 import gguf
 import jax
 
+from pallasite.engine.deployment import target_for
 from pallasite.engine.planner import memory_limit
 from pallasite.models.calibration import measure_inputs
 from pallasite.models.checkpoint import Checkpoint, open_checkpoint
@@ -24,7 +25,6 @@ from pallasite.models.registry import make_model
 from pallasite.models.sharding import MeshShape, make_mesh
 from pallasite.models.smoothing import Smoothed
 from pallasite.models.weights import num_bytes, placed
-from pallasite.pallas_kernels.target import target_of
 from pallasite.server.command_evaluate import cut, read_text
 from pallasite.server.progress import progress_printer
 from pallasite.server.tokenizer import load_tokenizer
@@ -61,7 +61,7 @@ def _smoothed(path: Path, checkpoint: Checkpoint, text: Path) -> Checkpoint:
     window = min(_WINDOW, checkpoint.config.context_len)
     windows = cut(read_text(text, "--smooth"), load_tokenizer(path), window)
     device = jax.devices()[0]
-    target, mesh = target_of(device.platform, device.device_kind), make_mesh(MeshShape(), [device])
+    target, mesh = target_for(device), make_mesh(MeshShape(), [device])
     model = placed(make_model(checkpoint.config, "f32", target), mesh)
     needed, limit = num_bytes(model), memory_limit(device)
     if limit is not None and needed > limit:

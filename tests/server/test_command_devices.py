@@ -8,7 +8,9 @@ import re
 
 import pytest
 
+from pallasite.engine import deployment
 from pallasite.models.sharding import MeshShape
+from pallasite.pallas_kernels.target import TARGETS, target_of
 from tests.engine.harness import lively_tensors
 from tests.server.commands import pallasite_alone
 from tests.tiny_checkpoints import TINY, write_hf
@@ -89,6 +91,29 @@ def test_bad_values_end_with_status_2(run, model, flags, line, message):
     assert len(result.err.splitlines()) == 1
     assert result.err.startswith(f"pallasite: {message}")
     assert result.err.count("; ") >= 2
+
+
+@pytest.mark.parametrize("command", ["info", "info MODEL", "generate", "serve", "quantize"])
+def test_a_device_that_nothing_is_compiled_for_ends_with_status_2(
+    run, model, flags, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(deployment, "target_of", lambda *_: target_of("tpu", "TPU v4"))
+    text = tmp_path / "text"
+    text.write_text("crystals of olivine " * 60)
+    result = {
+        "info": lambda: run("info"),
+        "info MODEL": lambda: run("info", model, *flags),
+        "generate": lambda: run("generate", model, "--prompt", "x", *flags),
+        "serve": lambda: run("serve", model, "--port", "0", *flags),
+        "quantize": lambda: run(
+            "quantize", model, tmp_path / "out", "--rules", "w8a8", "--smooth", text
+        ),
+    }[command]()
+    assert result.status == 2
+    assert result.err.splitlines()[-1] == (
+        f"pallasite: got a device 'TPU v4' of platform 'tpu'; known are {', '.join(TARGETS)};"
+        " take a machine with one of them, or set JAX_PLATFORMS=cpu to use its CPU"
+    )
 
 
 def num_bytes(num_devices, value_bytes, has_scales):
