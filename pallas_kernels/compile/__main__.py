@@ -43,7 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="do not compile; for a GPU no compiler need be installed",
     )
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--keep", type=Path, metavar="DIR", help="leave the compiler's dumps there")
+    parser.add_argument(
+        "--keep",
+        type=Path,
+        metavar="DIR",
+        help="leave the compiler's dumps there; it must be empty or missing",
+    )
     given = parser.parse_args(arguments)
     try:
         options = dict(_option(text) for text in given.option)

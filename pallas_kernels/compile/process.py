@@ -24,7 +24,8 @@ class Process:
     Attributes:
         timeout_s: when it is ended.
         python: the interpreter, which may have other compilers installed than this one.
-        keep: a folder for the compiler's dumps, made where it is missing; None to delete them.
+        keep: an empty folder for the compiler's dumps, made where it is missing; None to delete
+            them.
     """
 
     timeout_s: int | float = 600
@@ -49,7 +50,7 @@ def compile_for(
 
     Raises CompileError where the case cannot be made or compiled, or takes too long,
     MissingCompilerError where the compiler is not installed, and ValueError for a target or mode
-    that there is not.
+    that there is not, and for a folder to keep dumps in that is not empty.
     """
     target = find_target(target) if isinstance(target, str) else target
     modes = [mode for mode in get_args(Mode) if mode != "analyze" or target.platform != "cpu"]
@@ -59,17 +60,22 @@ def compile_for(
         if process.keep is None:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory("pallasite-compile")))
         else:
-            folder = process.keep.absolute()
-            folder.mkdir(parents=True, exist_ok=True)
-            _clear(folder)
+            folder = _empty(process.keep.absolute())
         return _run(function, target, dict(options or {}), mode, process, folder)
 
 
-def _clear(folder: Path) -> None:
-    """An earlier run's dumps would be taken for this one's."""
-    for path in (folder / "dump").glob("*"):
-        path.unlink()
-    (folder / "result.json").unlink(missing_ok=True)
+def _empty(folder: Path) -> Path:
+    """Makes a folder where it is missing; ValueError for one in which something lies.
+
+    An earlier run's dumps would be taken for this one's, and whose they are is not known here.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            "got a folder for dumps that is a file or not empty; it must be empty or missing; name"
+            " another"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
 
 
 def _run(
@@ -81,7 +87,7 @@ def _run(
     folder: Path,
 ) -> Report:
     dump, result = folder / "dump", folder / "result.json"
-    dump.mkdir(exist_ok=True)
+    dump.mkdir()
     job = {
         "function": function,
         "target": target.name,

@@ -33,6 +33,26 @@ def test_the_command_prints_json(capsys):
     assert report.memory.arguments == 1024 * 1024 * 4 // 2
 
 
+@pytest.mark.parametrize("name", ["dump/notes.txt", "dump/more/notes.txt", "result.json"])
+def test_nothing_is_deleted_or_written_where_dumps_are_to_be_kept(tmp_path, name):
+    mine = tmp_path / "kept" / name
+    mine.parent.mkdir(parents=True)
+    mine.write_text("mine")
+    line = [f"{CASES}:sums", "--target", "cpu", "--keep"]
+    for place in (tmp_path / "kept", mine):
+        with pytest.raises(SystemExit, match="not empty; it must be empty or missing"):
+            main([*line, str(place)])
+    assert mine.read_text() == "mine"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [mine]
+
+
+def test_a_folder_for_dumps_is_made_where_it_is_missing(tmp_path, capsys):
+    main([f"{CASES}:sums", "--target", "cpu", "--keep", str(tmp_path / "new" / "kept")])
+    made = {path.name for path in (tmp_path / "new" / "kept").iterdir()}
+    assert made == {"dump", "log.txt", "result.json"}
+    assert "compiled in" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
