@@ -133,7 +133,7 @@ def _try_decode(compiler: Compiler) -> Iterator[Tried]:
     candidates = [own] + [
         DecodeBlocks(pages=tokens // page, piece_pages=piece // page, heads=heads)
         for tokens, piece, heads in product(DECODE_TOKENS, PIECE_TOKENS, DECODE_HEADS)
-        if piece >= page and num_heads % heads == 0
+        if piece >= page and tokens // page % (piece // page) == 0 and num_heads % heads == 0
     ]
     for blocks in dict.fromkeys(candidates):
         say(f"{compiler.target.name}: decode with {_shown(blocks)}")

@@ -49,10 +49,10 @@ def decode_blocks(cache: PagedCache, pages_a_row: int, group: int, target: Targe
     if blocks is None:
         pages = _most_pages(cache, DECODE_TOKENS, vmem_limit(target) // 2)
         heads = _divisor(cache.values.shape[2], HEADS_AT_ONCE)
-        piece_pages = min(pages, _power_of_two(PIECE_TOKENS // cache.page_size))
+        piece_pages = _divisor(pages, _power_of_two(PIECE_TOKENS // cache.page_size))
         blocks = DecodeBlocks(pages=pages, piece_pages=piece_pages, heads=heads)
     pages = _limit(blocks.pages, pages_a_row, cache)
-    return replace(blocks, pages=pages, piece_pages=min(blocks.piece_pages, pages))
+    return replace(blocks, pages=pages, piece_pages=_divisor(pages, blocks.piece_pages))
 
 
 def prefill_blocks(

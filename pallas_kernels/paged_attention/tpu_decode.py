@@ -28,6 +28,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_pages import (
 )
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Scoring
 from pallasite.pallas_kernels.paged_attention.tpu_row import RowScratch, RowWriter
+from pallasite.pallas_kernels.paged_attention.tpu_sizes import check_divides, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +44,10 @@ class DecodeBlocks:
     pages: int
     piece_pages: int
     heads: int
+
+    def __post_init__(self) -> None:
+        check_positive(self)
+        check_divides("piece_pages", self.piece_pages, self.pages, "pages")
 
 
 class Scalars(NamedTuple):
@@ -114,6 +119,7 @@ def decode(
         new = new._replace(scales=scales)
     inputs = Inputs(q, new, sinks, cache)
     in_hbm = jax.tree.map(lambda _: pl.BlockSpec(memory_space=pl.ANY), cache)
+    check_divides("heads", blocks.heads, q.shape[1], "the key heads")
     num_columns = blocks.pages * cache.page_size
     scratch = Scratch(
         pages=PageBuffers.shapes(cache, blocks.pages),

@@ -29,6 +29,7 @@ from pallasite.pallas_kernels.paged_attention.tpu_pages import (
 )
 from pallasite.pallas_kernels.paged_attention.tpu_parts import Pair, Parts, PartsScratch, Seen
 from pallasite.pallas_kernels.paged_attention.tpu_products import LANES, Scoring
+from pallasite.pallas_kernels.paged_attention.tpu_sizes import check_divides, check_positive
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,9 @@ class PrefillBlocks:
     pages: int
     rows: int
     heads: int
+
+    def __post_init__(self) -> None:
+        check_positive(self)
 
 
 class Scalars(NamedTuple):
@@ -99,6 +103,8 @@ def prefill(
     """
     num_kv_heads, _, width = q.shape
     tile_rows = blocks.tokens * group
+    check_divides("rows", blocks.rows, tile_rows, f"tokens={blocks.tokens} by {group} heads")
+    check_divides("heads", blocks.heads, num_kv_heads, "the key heads")
 
     of_tile = pl.BlockSpec(
         (num_kv_heads, tile_rows, width), lambda i, scalars: (0, scalars.pair_tiles[i], 0)

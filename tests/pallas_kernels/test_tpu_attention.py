@@ -13,8 +13,10 @@ import pytest
 from jax.experimental.pallas import tpu as pltpu
 
 from pallasite.pallas_kernels.compile import compile_for
-from pallasite.pallas_kernels.paged_attention import paged_attention
-from pallasite.pallas_kernels.paged_attention.block_table import ENTRIES
+from pallasite.pallas_kernels.paged_attention import PagedCache, paged_attention, tpu_blocks
+from pallasite.pallas_kernels.paged_attention.block_table import ENTRIES, Entry, Shape
+from pallasite.pallas_kernels.paged_attention.tpu_decode import DecodeBlocks
+from pallasite.pallas_kernels.paged_attention.tpu_prefill import PrefillBlocks
 from pallasite.pallas_kernels.target import TARGETS, V6E, find_target
 from tests.pallas_kernels import attention_programs
 from tests.pallas_kernels.attention_cases import BFLOAT16, INT8, Body, Case, Setting
@@ -110,6 +112,64 @@ def test_an_entry_of_the_table_compiles_for_its_chip(entry):
     }
     assert shape.page == find_target(entry.chip).page_size
     compiled(entry.chip, **options)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DecodeBlocks(pages=0, piece_pages=1, heads=1), "pages=0 of DecodeBlocks"),
+        (lambda: DecodeBlocks(pages=8, piece_pages=0, heads=1), "piece_pages=0 of DecodeBlocks"),
+        (lambda: DecodeBlocks(pages=8, piece_pages=3, heads=1), "piece_pages=3 for pages, 8 in"),
+        (lambda: DecodeBlocks(pages=8, piece_pages=16, heads=1), "piece_pages=16 for pages, 8 in"),
+        (lambda: DecodeBlocks(pages=8, piece_pages=4, heads=-1), "heads=-1 of DecodeBlocks"),
+        (lambda: PrefillBlocks(tokens=0, pages=4, rows=16, heads=1), "tokens=0 of PrefillBlocks"),
+        (lambda: PrefillBlocks(tokens=16, pages=0, rows=16, heads=1), "pages=0 of PrefillBlocks"),
+        (lambda: PrefillBlocks(tokens=16, pages=4, rows=0, heads=1), "rows=0 of PrefillBlocks"),
+        (lambda: PrefillBlocks(tokens=16, pages=4, rows=16, heads=0), "heads=0 of PrefillBlocks"),
+    ],
+)
+def test_block_sizes_that_leave_something_out_are_refused_by_name(make, message):
+    with pytest.raises(ValueError, match=f"^got {message}.*; it must "):
+        make()
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (DecodeBlocks(pages=16, piece_pages=4, heads=2), "heads=2 for the key heads, 1 in all"),
+        (
+            PrefillBlocks(tokens=32, pages=4, rows=48, heads=1),
+            "rows=48 for tokens=32 by 4 heads, 128 in all",
+        ),
+        (
+            PrefillBlocks(tokens=32, pages=4, rows=64, heads=3),
+            "heads=3 for the key heads, 1 in all",
+        ),
+    ],
+)
+def test_an_entry_whose_sizes_do_not_divide_what_it_is_for_is_refused(blocks, message, monkeypatch):
+    shape = Shape(cache="bfloat16", page=128, key_heads=1, group=4, row=(2, 128))
+    entry = Entry(chip="tpu:v6e", shape=shape, blocks=blocks, made="static", why="a test")
+    monkeypatch.setattr(tpu_blocks, "ENTRIES", (entry,))
+    case = attention_programs.step(V6E, **SMALL)
+    with pytest.raises(ValueError, match=f"^got {message}; it must divide them"):
+        jax.eval_shape(case.function, *case.arguments)
+
+
+def test_a_request_of_few_pages_has_pieces_that_divide_its_block(monkeypatch):
+    shape = Shape(cache="bfloat16", page=128, key_heads=1, group=4, row=(2, 128))
+    blocks = DecodeBlocks(pages=12, piece_pages=6, heads=1)
+    entry = Entry(chip="tpu:v6e", shape=shape, blocks=blocks, made="static", why="a test")
+    monkeypatch.setattr(tpu_blocks, "ENTRIES", (entry,))
+    cache = PagedCache(values=jax.ShapeDtypeStruct((1, 64, 1, 2, 128, 128), "bfloat16"))
+    found = {n: tpu_blocks.decode_blocks(cache, n, 4, V6E) for n in (1, 2, 8, 12, 64)}
+    assert {n: (b.pages, b.piece_pages) for n, b in found.items()} == {
+        1: (1, 1),
+        2: (2, 2),
+        8: (8, 4),
+        12: (8, 4),
+        64: (12, 6),
+    }
 
 
 class Copies:
