@@ -40,6 +40,7 @@ class Compiled:
         cache: the cache's dtype.
         blocks: its block sizes, for a reader.
         compile_s: seconds of the compiler.
+        versions: of the packages that compiled.
     """
 
     chip: str
@@ -47,6 +48,7 @@ class Compiled:
     cache: str
     blocks: str = ""
     compile_s: float
+    versions: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +195,7 @@ class Compiler:
             kernel="Pallasite",
             cache=self.shapes.cache,
             compile_s=report.compile_s,
+            versions=report.versions,
             bundles=done.bundles,
             vmem_bytes=kernel.vmem_bytes or 0,
         )
@@ -244,6 +247,7 @@ class Compiler:
                     kernel=name,
                     cache=self.shapes.cache,
                     compile_s=report.compile_s,
+                    versions=report.versions,
                     use=use,
                 )
             )
@@ -258,6 +262,7 @@ class Compiler:
             cache=self.shapes.cache,
             blocks=blocks,
             compile_s=report.compile_s,
+            versions=report.versions,
             request=work(kernel, "grid", count(UNIT)).bundles,
             uneven=work(kernel, "grid", count(UNEVEN)).bundles,
             bundles=long.bundles,
@@ -280,6 +285,7 @@ class Compiler:
             cache=self.shapes.cache,
             blocks=blocks,
             compile_s=report.compile_s,
+            versions=report.versions,
             bundles=done.bundles,
             prompt=work(kernel, "grid", prompt).bundles,
             use=kernel.use(loop),

@@ -169,14 +169,16 @@ def _goals(figures: list[Figures]) -> Table:
 
 def _result(figures: list[Figures], args: argparse.Namespace) -> dict[str, Any]:
     kinds: dict[str, list[Any]] = {}
+    versions: dict[str, dict[str, str]] = {}
     for one in figures:
-        kinds.setdefault(type(one).__name__, []).append(dataclasses.asdict(one))
-    names = ("pallasite", "jax", "jaxlib", "libtpu")
-    installed = {dist.name for dist in importlib.metadata.distributions()}
+        values = dataclasses.asdict(one)
+        # A chip's are all made by one interpreter, which need not be this one.
+        versions[one.chip] = values.pop("versions")
+        kinds.setdefault(type(one).__name__, []).append(values)
     return {
         "made": "static",
         "shapes": {name: getattr(args, name) for name in ("heads", "kv_heads", "head_width")},
-        "versions": {name: importlib.metadata.version(name) for name in names if name in installed},
+        "versions": {"pallasite": importlib.metadata.version("pallasite"), **versions},
         "figures": kinds,
     }
 

@@ -4,12 +4,15 @@ A compiler may abort, or leave its process with a tenth of a gigabyte that nothi
 its flags are read once, when it is loaded.
 """
 
+import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +32,12 @@ from pallasite.pallas_kernels.target import Target, find_target
 _PLATFORMS = {"tpu": "tpu", "gpu": "cuda", "cpu": "cpu"}
 _COMPILERS = {"tpu": ("libtpu", "tpu"), "gpu": ("jax_cuda13_plugin", "cuda")}
 """The module that is a platform's compiler, and the extra of pallasite that installs it."""
+
+_COMPILER_PACKAGES = {
+    "tpu": ("libtpu",),
+    "gpu": ("jax-cuda13-plugin", "jax-cuda13-pjrt", "nvidia-cuda-nvcc"),
+}
+"""What decides a program beside JAX; the last of a GPU's has the assembler."""
 
 
 def main() -> None:
@@ -143,7 +152,14 @@ def _report(
         memory=memory,
         copies=copies,
         kernels=kernels,
+        versions=dict(_versions(target.platform)),
     )
+
+
+def _versions(platform: str) -> Iterator[tuple[str, str]]:
+    for name in ("jax", "jaxlib", *_COMPILER_PACKAGES.get(platform, ())):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield name, importlib.metadata.version(name)
 
 
 def _case(job: dict[str, Any], target: Target) -> Case:

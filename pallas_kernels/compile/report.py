@@ -92,6 +92,7 @@ class Report:
         copies: those that XLA has put in; none are known with "lower".
         kernels: its Pallas calls; analyzed for a GPU, those of Triton, equal ones once.
         instructions: analyzed for a TPU, what XLA runs one after another.
+        versions: of JAX and of the compiler, as the interpreter that compiled has them.
     """
 
     function: str
@@ -102,6 +103,7 @@ class Report:
     copies: tuple[Copy, ...]
     kernels: tuple[Kernel, ...]
     instructions: tuple[Instruction, ...] = ()
+    versions: dict[str, str] = field(default_factory=dict)
 
     def num_copies(self, num_bytes: int) -> int:
         """Returns how many copies of at least this size there are, but for those to the chip."""

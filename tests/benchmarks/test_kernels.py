@@ -1,7 +1,9 @@
 """Kernels' static figures: a region is counted as often as it runs, or the count is refused."""
 
+import argparse
 import ast
 import dataclasses
+import importlib.metadata
 import importlib.util
 import inspect
 import subprocess
@@ -13,7 +15,7 @@ import pytest
 from jax.experimental.pallas.ops.tpu.paged_attention import paged_attention_kernel
 from jax.experimental.pallas.ops.tpu.ragged_paged_attention import kernel as ragged_kernel
 
-from benchmarks import kernel_cases, kernel_counts, kernel_tune
+from benchmarks import kernel_cases, kernel_counts, kernel_tune, kernels
 from benchmarks.kernel_cases import Shapes
 from benchmarks.kernel_counts import Count
 from benchmarks.kernel_figures import UNIT, Compiler, PrefillFigures
@@ -187,6 +189,20 @@ def test_a_prompt_takes_the_blocks_that_its_tiles_see():
 @pytest.fixture(scope="module")
 def small():
     return Compiler(target=V6E, shapes=SMALL, process=Process()).decode()
+
+
+def test_a_result_names_the_versions_that_each_chips_figures_were_made_with(small):
+    assert small.versions["libtpu"] == importlib.metadata.version("libtpu")
+    other = replace(small, chip="gpu:h100", versions={"jax": "98.7"})
+    args = argparse.Namespace(heads=4, kv_heads=1, head_width=128)
+    result = kernels._result([small, small, other], args)
+    assert result["versions"] == {
+        "pallasite": importlib.metadata.version("pallasite"),
+        "tpu:v6e": small.versions,
+        "gpu:h100": {"jax": "98.7"},
+    }
+    assert len(result["figures"]["DecodeFigures"]) == 3
+    assert "versions" not in result["figures"]["DecodeFigures"][0]
 
 
 def test_a_small_decode_is_compiled_and_counted(small):

@@ -1,6 +1,8 @@
 """Compiling for chips that are not there: what reports say of small kernels."""
 
+import importlib.metadata
 import importlib.util
+import sys
 
 import pytest
 
@@ -59,6 +61,7 @@ def test_work_is_weighted_by_trip_counts(ragged):
 
 
 def test_a_report_survives_as_json(ragged):
+    assert ragged.versions["libtpu"] == importlib.metadata.version("libtpu")
     assert Report.from_json(ragged.to_json()) == ragged
 
 
@@ -140,6 +143,21 @@ def test_a_mesh_has_a_part_of_each_argument_on_each_device():
 def test_a_case_compiles_for_the_cpu():
     report = compile_for(f"{CASES}:sums", "cpu", {"num_devices": 2})
     assert report.memory.arguments == 1024 * 1024 * 4 // 2
+
+
+def test_a_report_tells_the_versions_of_the_interpreter_that_compiled(tmp_path):
+    own = {name: importlib.metadata.version(name) for name in ("jax", "jaxlib")}
+    assert compile_for(f"{CASES}:sums", "cpu").versions == own
+    info = tmp_path / "jaxlib-98.7.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: jaxlib\nVersion: 98.7\n")
+    other = tmp_path / "python"
+    other.write_text(
+        f'#!/bin/sh\nPYTHONPATH="{tmp_path}:$PYTHONPATH" exec "{sys.executable}" "$@"\n'
+    )
+    other.chmod(0o755)
+    report = compile_for(f"{CASES}:sums", "cpu", process=Process(python=str(other)))
+    assert report.versions == own | {"jaxlib": "98.7"}
 
 
 def test_what_cannot_be_made_says_why():
