@@ -38,6 +38,7 @@ from pallasite.pallas_kernels.paged_attention.block_table import Entry, Shape
 from pallasite.pallas_kernels.paged_attention.tpu_decode import DecodeBlocks
 from pallasite.pallas_kernels.paged_attention.tpu_prefill import PrefillBlocks
 from pallasite.pallas_kernels.target import H100, V6E
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 
 OURS = (tpu_decode, tpu_heads, tpu_pages, tpu_parts, tpu_prefill, tpu_row, tpu_write)
 
@@ -191,6 +192,7 @@ def small():
     return Compiler(target=V6E, shapes=SMALL, process=Process()).decode()
 
 
+@needs_tpu_compiler
 def test_a_result_names_the_versions_that_each_chips_figures_were_made_with(small):
     assert small.versions["libtpu"] == importlib.metadata.version("libtpu")
     other = replace(small, chip="gpu:h100", versions={"jax": "98.7"})
@@ -205,6 +207,7 @@ def test_a_result_names_the_versions_that_each_chips_figures_were_made_with(smal
     assert "versions" not in result["figures"]["DecodeFigures"][0]
 
 
+@needs_tpu_compiler
 def test_a_small_decode_is_compiled_and_counted(small):
     assert small.blocks == "pages 16, piece_pages 4, heads 1"
     # A long request shares its start and its write among many blocks; pieces take longer.
@@ -231,6 +234,7 @@ PREFILL = PrefillFigures(
 )
 
 
+@needs_tpu_compiler
 def test_goals_are_kept_or_missed(small):
     of_prefill = [verdict[1:] for verdict in verdicts([PREFILL])]
     assert of_prefill == [
@@ -244,6 +248,7 @@ def test_goals_are_kept_or_missed(small):
     assert list(verdicts([replace(PREFILL, kernel="JAX ragged_paged_attention")])) == []
 
 
+@needs_tpu_compiler
 def test_tables_go_between_their_marks_alone(tmp_path, small):
     page = tmp_path / "page.md"
     marks = [MARK.format(name) for name in ("decode", "prefill")]

@@ -13,13 +13,10 @@ from pallasite.pallas_kernels.compile import (
     Report,
     compile_for,
 )
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 
 CASES = "tests.pallas_kernels.compile_cases"
 
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU's compiler: pip install 'pallasite[tpu]'",
-)
 needs_gpu_compiler = pytest.mark.skipif(
     importlib.util.find_spec("jax_cuda13_plugin") is None,
     reason="needs the GPU's compiler, of 4.4 GB: pip install 'pallasite[cuda]'",
@@ -28,11 +25,10 @@ needs_gpu_compiler = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def ragged() -> Report:
-    if importlib.util.find_spec("libtpu") is None:
-        pytest.skip("needs the TPU's compiler: pip install 'pallasite[tpu]'")
     return compile_for(f"{CASES}:ragged", "tpu:v6e", mode="analyze")
 
 
+@needs_tpu_compiler
 def test_a_loop_is_found_by_the_function_that_is_its_body(ragged):
     kernel = ragged.kernel("ragged")
     assert kernel.find("rows").path == "each/rows"
@@ -43,6 +39,7 @@ def test_a_loop_is_found_by_the_function_that_is_its_body(ragged):
         kernel.find("columns")
 
 
+@needs_tpu_compiler
 def test_a_dynamic_loop_without_a_count_is_an_error_that_names_it(ragged):
     with pytest.raises(ValueError, match="the loop 'each'"):
         ragged.kernel("ragged").weighted()
@@ -50,6 +47,7 @@ def test_a_dynamic_loop_without_a_count_is_an_error_that_names_it(ragged):
         ragged.kernel("ragged").weighted({"columns": 2})
 
 
+@needs_tpu_compiler
 def test_work_is_weighted_by_trip_counts(ragged):
     kernel = ragged.kernel("ragged")
     none, five = kernel.weighted({"each": 0}), kernel.weighted({"each": 5})
@@ -60,6 +58,7 @@ def test_work_is_weighted_by_trip_counts(ragged):
     assert five.dma_bytes == 7 * 128 * 256 * 4
 
 
+@needs_tpu_compiler
 def test_a_report_survives_as_json(ragged):
     assert ragged.versions["libtpu"] == importlib.metadata.version("libtpu")
     assert Report.from_json(ragged.to_json()) == ragged

@@ -1,19 +1,15 @@
 """The command that compiles a case, and what it prints."""
 
-import importlib.util
-
 import pytest
 
 from pallasite.pallas_kernels.compile import Report
 from pallasite.pallas_kernels.compile.__main__ import main
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 
 CASES = "tests.pallas_kernels.compile_cases"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU's compiler: pip install 'pallasite[tpu]'",
-)
+@needs_tpu_compiler
 def test_the_command_prints_a_table_of_regions_and_leaves_dumps(capsys, tmp_path):
     main([f"{CASES}:ragged", "--target", "v6e", "--analyze", "--keep", str(tmp_path)])
     lines = capsys.readouterr().out.splitlines()

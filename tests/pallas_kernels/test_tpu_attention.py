@@ -4,7 +4,6 @@ What they compute is tested with all bodies, in test_paged_attention.py. Compili
 extra `tpu`, and no TPU.
 """
 
-import importlib.util
 from collections import Counter
 
 import jax
@@ -20,10 +19,8 @@ from pallasite.pallas_kernels.paged_attention.tpu_prefill import PrefillBlocks
 from pallasite.pallas_kernels.target import TARGETS, V6E, find_target
 from tests.pallas_kernels import attention_programs
 from tests.pallas_kernels.attention_cases import BFLOAT16, INT8, Body, Case, Setting
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 
-needs_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="libtpu has no wheel for this machine"
-)
 CHIPS = [name for name, target in TARGETS.items() if target.platform == "tpu"]
 HELD_AS = ("float32", "bfloat16", "int8", "float8_e4m3fn")
 SMALL = {"num_heads": 4, "num_kv_heads": 1, "num_tokens": 256, "num_rows": 16, "num_pages": 4096}
@@ -50,7 +47,7 @@ def check_in_place(report, chip, **options):
     assert report.num_copies(cache // 64) == 0
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.parametrize(
     ("chip", "held_as"),
     [(chip, held_as) for chip in CHIPS for held_as in HELD_AS if is_held(chip, held_as)],
@@ -60,7 +57,7 @@ def test_every_kind_of_cache_compiles_for_every_chip(chip, held_as):
     check_in_place(compiled(chip, **options), chip, **options)
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.parametrize(
     "heads",
     [
@@ -76,13 +73,13 @@ def test_heads_of_any_number_and_width_compile(heads):
     check_in_place(compiled("tpu:v6e", **heads), "tpu:v6e", **heads)
 
 
-@needs_compiler
+@needs_tpu_compiler
 def test_a_bucket_for_decoding_alone_has_one_kernel():
     report = compiled("tpu:v6e", "lower", num_tokens=16)
     assert [kernel.name for kernel in report.kernels] == ["paged_attention_decode"]
 
 
-@needs_compiler
+@needs_tpu_compiler
 def test_a_loop_over_layers_on_a_mesh_keeps_the_cache_in_place():
     options = SMALL | {"num_heads": 32, "num_kv_heads": 8, "held_as": "int8"}
     report = compile_for(f"{attention_programs.__name__}:layers", "tpu:v6e", options, "compile")
@@ -92,7 +89,7 @@ def test_a_loop_over_layers_on_a_mesh_keeps_the_cache_in_place():
     assert report.num_copies(cache // 256) == 0
 
 
-@needs_compiler
+@needs_tpu_compiler
 def test_page_tables_that_the_chip_cannot_hold_are_refused_and_smaller_ones_compile():
     case = attention_programs.step(V6E, **SMALL | {"num_rows": 256, "max_len": 131072})
     with pytest.raises(ValueError, match="256 rows of requests with 1024 pages each for tpu:v6e"):
@@ -100,7 +97,7 @@ def test_page_tables_that_the_chip_cannot_hold_are_refused_and_smaller_ones_comp
     compiled("tpu:v6e", num_rows=240, max_len=131072)
 
 
-@needs_compiler
+@needs_tpu_compiler
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.chip}-{entry.shape}")
 def test_an_entry_of_the_table_compiles_for_its_chip(entry):
     shape = entry.shape

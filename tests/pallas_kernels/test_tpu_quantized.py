@@ -4,7 +4,6 @@ Tolerance: the oracle's, as for the reference, in test_quantized_matmul.py. Comp
 the extra `tpu`, and no TPU.
 """
 
-import importlib.util
 from dataclasses import replace
 
 import hypothesis.strategies as st
@@ -19,16 +18,12 @@ from pallasite.pallas_kernels.compile import compile_for
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, tpu
 from pallasite.pallas_kernels.target import TARGETS, V6E, V7X, find_target
 from tests.pallas_kernels import quantized_programs
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 from tests.pallas_kernels.test_quantized_matmul import make_case, matrix_of
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 KINDS = ("int4", "int8", "w8a8")
 CHIPS = [name for name, target in TARGETS.items() if target.platform == "tpu"]
-
-needs_tpu_compiler = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU's compiler: pip install 'pallasite[tpu]'",
-)
 
 
 def run(case, target=V6E, **given):

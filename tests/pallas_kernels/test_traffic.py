@@ -1,11 +1,10 @@
 """What a program's instructions move, read off its text."""
 
-import importlib.util
-
 import pytest
 
 from pallasite.pallas_kernels.compile import compile_for
 from pallasite.pallas_kernels.compile.traffic import instructions
+from tests.pallas_kernels.compilers import needs_tpu_compiler
 
 PROGRAM = """HloModule jit_f, is_scheduled=true
 
@@ -90,10 +89,7 @@ def test_a_loop_of_unknown_count_is_an_error():
         instructions(unknown)
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None,
-    reason="needs the TPU's compiler: pip install 'pallasite[tpu]'",
-)
+@needs_tpu_compiler
 @pytest.mark.parametrize("target", ["tpu:v5e", "tpu:v7x"])
 def test_what_a_compiled_loop_moves(target):
     cases = "tests.pallas_kernels.compile_cases"
