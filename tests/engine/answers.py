@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pallasite.engine import Request, SamplingParams
+from pallasite.engine import Completion, Request, SamplingParams
 from tests.engine.harness import ORACLE
+from tests.engine.llama_oracle import LlamaOracle
 from tests.engine.sampler_oracle import exponential_noise, possible_tokens, processed
 from tests.tiny_checkpoints import TINY
 
@@ -62,6 +63,28 @@ def assert_allowed(request: Request, ids: Sequence[int], index: int = 0) -> None
     for place, token_id in enumerate(ids):
         possible = possible_next(prompt, params, index, ids[:place], logits[place])
         assert token_id in possible, (request, index, place, token_id, possible)
+
+
+def logprob_errors(
+    requests: Sequence[Request], completions: Sequence[Completion], oracle: LlamaOracle = ORACLE
+) -> np.ndarray:
+    """How far each token's log-probability is from the oracle's, given all tokens before it.
+
+    Requests have one completion each, and ask for logprobs of their prompts, too.
+    """
+    errors = []
+    for request, completion in zip(requests, completions, strict=True):
+        ids = (*request.prompt_ids, *completion.token_ids)
+        entries = [*completion.prompt_logprobs[1:], *completion.logprobs]
+        assert [entry.token_id for entry in entries] == list(ids[1:])
+        logits = oracle.logits(ids[:-1])
+        logits -= logits.max(axis=1, keepdims=True)
+        right = logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        ours = np.array([entry.logprob for entry in entries])
+        errors.append(ours - right[np.arange(len(entries)), list(ids[1:])])
+    found = np.abs(np.concatenate(errors))
+    assert np.isfinite(found).all()
+    return found
 
 
 def banned(params: SamplingParams, prompt: Sequence[int], output: Sequence[int]) -> list[int]:

@@ -3,7 +3,7 @@
 Shares no code with the engine: no pages, no batch, no cache. Rope without scaling.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,10 +13,15 @@ from pallasite.models.config import ModelConfig
 
 @dataclass(frozen=True)
 class LlamaOracle:
-    """The tensors by Hugging Face name, and the sizes."""
+    """The tensors by Hugging Face name, and the sizes.
+
+    Attributes:
+        cached: what a cache would make of keys and of values f64[T, K, H].
+    """
 
     config: ModelConfig
     tensors: Mapping[str, np.ndarray]
+    cached: Callable[[np.ndarray], np.ndarray] = lambda rows: rows
 
     def logits(self, token_ids: Sequence[int]) -> np.ndarray:
         """Returns f64[T, V], the logits that follow each token."""
@@ -31,7 +36,7 @@ class LlamaOracle:
             q = self._rope((h @ self._weight(within + "self_attn.q_proj").T).reshape(T, N, H))
             k = self._rope((h @ self._weight(within + "self_attn.k_proj").T).reshape(T, K, H))
             v = (h @ self._weight(within + "self_attn.v_proj").T).reshape(T, K, H)
-            k, v = np.repeat(k, N // K, axis=1), np.repeat(v, N // K, axis=1)
+            k, v = (np.repeat(self.cached(x), N // K, axis=1) for x in (k, v))
             scores = np.einsum("tnh,snh->nts", q, k) / np.sqrt(H)
             scores[:, is_future] = -np.inf
             weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
