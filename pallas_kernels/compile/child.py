@@ -78,8 +78,9 @@ def _compile(job: dict[str, Any]) -> Report:
             traced = function.trace(*arguments)
             lowered = traced.lower(lowering_platforms=platforms)
     else:
-        traced = function.trace(*case.arguments)
-        lowered = traced.lower(lowering_platforms=platforms)
+        with jax.sharding.use_abstract_mesh(gpu.abstract_mesh(target, case.mesh)):
+            traced = function.trace(*case.arguments)
+            lowered = traced.lower(lowering_platforms=platforms)
     if mode == "lower":
         return _report(job, target, kernels=_called(traced.jaxpr))
     start = time.perf_counter()

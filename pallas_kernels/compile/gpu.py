@@ -6,6 +6,8 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+
 from pallasite.pallas_kernels.compile.errors import CompileError, MissingCompilerError
 from pallasite.pallas_kernels.target import Target
 
@@ -74,6 +76,26 @@ gpu_device_info {{
   block_dim_limit_z: 65535
 }}
 """
+
+
+def abstract_mesh(target: Target, wanted: AbstractMesh | None = None) -> AbstractMesh:
+    """Returns a mesh like `wanted`, or of one device, whose devices are the target's, if GPUs.
+
+    Under it a program can be lowered for a GPU that is not there, without its compiler: from JAX
+    0.11 on, kernels are lowered for the GPU of the mesh.
+    """
+    device = None
+    if target.platform == "gpu" and target.device_kinds:
+        device = AbstractDevice(
+            device_kind=target.device_kinds[-1],
+            num_cores=target.multiprocessors,
+            platform=target.platform,
+        )
+    if wanted is None:
+        return AbstractMesh((1,), ("x",), (AxisType.Auto,), abstract_device=device)
+    return AbstractMesh(
+        wanted.axis_sizes, wanted.axis_names, wanted.axis_types, abstract_device=device
+    )
 
 
 def read_kernels(folder: Path, names: list[str]) -> list[tuple[str, str, GpuUse]]:

@@ -16,6 +16,7 @@ from pallasite.models.weights import placed
 from pallasite.pallas_kernels.paged_attention import Ragged
 from pallasite.pallas_kernels.target import H100
 from tests.models.running import mesh_of
+from tests.pallas_kernels.lowering import lowered_for_gpu
 from tests.tiny_checkpoints import TINY
 
 
@@ -44,11 +45,11 @@ def lowered(form, num_tokens, num_rows):
     own = [jax.tree.map(lambda leaf: leaf.sharding.spec, tree) for tree in (model, cache)]
     whole = PartitionSpec()
     step = jax.shard_map(
-        step, mesh=mesh, in_specs=(*own, whole, whole), out_specs=(whole, own[1]), check_vma=False
+        step, in_specs=(*own, whole, whole), out_specs=(whole, own[1]), check_vma=False
     )
     token_ids = jax.ShapeDtypeStruct((num_tokens,), jnp.int32)
-    traced = jax.jit(step).trace(model, cache, token_ids, batch)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+    arguments = model, cache, token_ids, batch
+    return lowered_for_gpu(H100, jax.jit(step), *arguments, mesh=mesh.abstract_mesh)
 
 
 def kernels(text):

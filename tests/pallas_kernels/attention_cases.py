@@ -143,7 +143,10 @@ class Body:
 _JITTED: dict[tuple[Callable[..., Any], bool], Callable[..., Any]] = {}
 
 # An interpreted kernel is a large program that nobody else compiles: quickly is well enough.
-_QUICK = {"xla_backend_optimization_level": 1, "xla_cpu_use_fusion_emitters": False}
+_QUICK: dict[str, Any] = {"xla_backend_optimization_level": 1}
+if jax.__version_info__ < (0, 11):
+    # Later versions have no other way, and refuse the option.
+    _QUICK["xla_cpu_use_fusion_emitters"] = False
 
 
 class Case:

@@ -12,15 +12,16 @@ import pytest
 from pallasite.pallas_kernels import paged_attention
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import attention_programs, gpu_registers
+from tests.pallas_kernels.lowering import lowered_for_gpu
 
 TYPES = [(held_as, width) for held_as in gpu_registers.HELD_AS for width in gpu_registers.WIDTHS]
 
 
 def lowered(chip="gpu:h100", **options):
-    """Returns StableHLO for a GPU; no compiler for one is needed so far."""
-    case = attention_programs.step(find_target(chip), **options)
+    target = find_target(chip)
+    case = attention_programs.step(target, **options)
     function = jax.jit(case.function, donate_argnums=case.donated)
-    return function.trace(*case.arguments).lower(lowering_platforms=("cuda",)).as_text()
+    return lowered_for_gpu(target, function, *case.arguments)
 
 
 def kernels(text):

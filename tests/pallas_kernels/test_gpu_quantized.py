@@ -1,4 +1,6 @@
-"""The GPU's products of few tokens, by interpretation, and which products are its own.
+"""The GPU's products of few tokens, and which products are its own.
+
+They are interpreted or, where tests run on a GPU (`JAX_PLATFORMS=cuda`), run as they are compiled.
 
 Tolerance: the oracle's, as for the reference, in test_quantized_matmul.py.
 """
@@ -17,6 +19,7 @@ from hypothesis import example, given, settings
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, gpu
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import quantized_programs
+from tests.pallas_kernels.lowering import lowered_for_gpu
 from tests.pallas_kernels.quantized_oracle import rounded
 from tests.pallas_kernels.test_quantized_matmul import make_case, matrix_of
 
@@ -25,8 +28,9 @@ KINDS = ("int4", "int8", "w8a8", "fp8")
 
 
 def run(case, matrix=None):
+    interpret = jax.default_backend() != "gpu"
     return np.asarray(
-        gpu.quantized_matmul(jnp.asarray(case.x), matrix or matrix_of(case), interpret=True)
+        gpu.quantized_matmul(jnp.asarray(case.x), matrix or matrix_of(case), interpret=interpret)
     )
 
 
@@ -107,13 +111,13 @@ def test_a_wrong_product_would_be_seen(kind, num_groups, rng):
 
 
 def lowered(chip="gpu:h100", **options):
-    case = quantized_programs.layers(find_target(chip), **options)
-    lowered = jax.jit(case.function).trace(*case.arguments).lower(lowering_platforms=("cuda",))
-    return lowered.as_text()
+    target = find_target(chip)
+    case = quantized_programs.layers(target, **options)
+    return lowered_for_gpu(target, jax.jit(case.function), *case.arguments)
 
 
 def is_kernel(text):
-    return re.findall(r'name = "(\w+)"', text) == ["quantized_matmul"]
+    return re.findall(r'name = "(quantized_\w+)"', text) == ["quantized_matmul"]
 
 
 @pytest.mark.parametrize("chip", ["gpu:h100", "gpu:b200"])
