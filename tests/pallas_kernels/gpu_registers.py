@@ -90,13 +90,14 @@ def attention(chip: str) -> Iterator[Program]:
 def _attention_limits(held_as: str, width: int) -> Iterator[tuple[str, Limit]]:
     """With 96 registers a multiprocessor holds five blocks of the decode at once, with 128 four.
 
-    Wide heads take more, and so do those of f32, which no matrix unit multiplies. The prefill holds
-    as much as a block can; those two and wide heads of 8 bits spill a little of it.
+    That of int8 has half the threads. Wide heads take more, and so do those of f32, which no matrix
+    unit multiplies. The prefill holds as much as a block can; those two and wide heads of 8 bits
+    spill a little of it.
     """
     small = Limit(registers=64)
     yield "paged_attention_write", small
     yield "paged_attention_merge", small
-    decode = 255 if width == 256 else 96 if held_as == "bfloat16" else 128
+    decode = 255 if width == 256 else {"bfloat16": 96, "int8": 168}.get(held_as, 128)
     yield "paged_attention_decode", Limit(registers=decode)
     spills = held_as == "float32" or (width == 256 and held_as != "bfloat16")
     yield "paged_attention_prefill", Limit(registers=255, spills=160 if spills else 0)
