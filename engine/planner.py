@@ -15,6 +15,9 @@ from pallasite.models.errors import ConfigError
 CPU_TOKENS_PER_REQUEST = 1024
 """What the default cache of a CPU holds for each request."""
 
+CACHE_LIMIT = 0.97
+"""The share of a device's memory that is filled, see `cache_limit`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryPlan:
@@ -44,14 +47,17 @@ class MemoryPlan:
     def check(self) -> None:
         """Raises ConfigError, with the numbers, where this does not fit."""
         if self.limit is not None and self.total > self.limit:
-            adapters = self.adapters + self.loading
-            raise ConfigError(
-                f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
-                f" {_gb(adapters)}, cache {_gb(self.cache)}, sampler {_gb(self.sampler)},"
-                f" temporaries {_gb(self.temporaries)}); the device has {_gb(self.limit)}; lower"
-                " --cache-tokens, --max-requests, --max-batch-tokens or --max-adapters, or take a"
-                " smaller model"
-            )
+            raise self.error(f"the device has {_gb(self.limit)}")
+
+    def error(self, reason: str) -> ConfigError:
+        """Returns what says that this does not fit, with the numbers."""
+        return ConfigError(
+            f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
+            f" {_gb(self.adapters + self.loading)}, cache {_gb(self.cache)}, sampler"
+            f" {_gb(self.sampler)}, temporaries {_gb(self.temporaries)}); {reason}; lower"
+            " --cache-tokens, --max-requests, --max-batch-tokens or --max-adapters, or take a"
+            " smaller model"
+        )
 
 
 def choose_num_pages(config: EngineConfig, page_size: int) -> int | None:
@@ -87,6 +93,14 @@ def pages_that_fit(plan: MemoryPlan) -> int:
 def _for_all_shards(num_pages: int, config: EngineConfig) -> int:
     """Rounds up to what the data shards divide."""
     return -(-num_pages // config.mesh.data) * config.mesh.data
+
+
+def cache_limit(limit: int | None) -> int | None:
+    """Returns how much of a device's memory a plan whose cache takes the rest may use.
+
+    One array of nearly all that is left would need an allocator without a gap.
+    """
+    return None if limit is None else int(limit * CACHE_LIMIT)
 
 
 def memory_limit(device: jax.Device) -> int | None:

@@ -19,7 +19,7 @@ from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.errors import adapter_memory_error, lost_adapters_error, placing_error
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan
-from pallasite.engine.planner import memory_limit, pages_that_fit
+from pallasite.engine.planner import cache_limit, memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
@@ -90,6 +90,8 @@ class Runtime:
         self._state = _allocate_state(self._spec.state)
         if self._adapters is None:
             self._adapters = self._spec.adapters.allocate(self._spec.mesh)
+        # What the device has no room for fails here, not in the first step.
+        jax.block_until_ready((self._cache, self._state, self._adapters))
 
     def bucket_for(self, plan: Plan) -> Bucket:
         """Returns the smallest bucket that takes every part of a plan.
@@ -202,8 +204,11 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
         prepared = time.monotonic()
         spec = replace(spec, model=loaded)
         runtime = Runtime(programs, spec, deployment.cache_spec, deployment.max_context_len)
-    except BaseException:
+    except BaseException as error:
         programs.close()
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
+            plan = deployment.memory_plan(programs.temporary_bytes(), limit)
+            raise plan.error("the device had no room for all of it") from error
         raise
     end = time.monotonic()
     progress(
@@ -222,7 +227,7 @@ def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progre
     programs = Programs(replace(probe, layouts={largest: probe.layouts[largest]}))
     try:
         programs.compile(progress)
-        plan = deployment.memory_plan(programs.temporary_bytes(), limit)
+        plan = deployment.memory_plan(programs.temporary_bytes(), cache_limit(limit))
     finally:
         programs.close()
     num_pages, refused = pages_that_fit(plan), deployment.cache_spec.refused_pages(deployment.mesh)

@@ -15,6 +15,7 @@ import pytest
 from pallasite.engine import ConfigError, Engine, EngineConfig, runtime
 from pallasite.engine import deployment as deployments
 from pallasite.engine.deployment import plan_deployment
+from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.sharding import MeshShape
 from pallasite.pallas_kernels import paged_attention
 from pallasite.pallas_kernels.paged_attention import reference
@@ -22,6 +23,9 @@ from pallasite.pallas_kernels.target import CPU, GPU, H100, V6E, V7X
 from tests.engine.answers import ROUNDING, assert_same_answers, logprob_errors
 from tests.engine.harness import MAIN, ORACLE, assert_quiet, greedy, random_prompt, tokens
 from tests.tiny_checkpoints import TINY
+
+PAGE_BYTES = TINY.num_layers * TINY.num_kv_heads * 128 * 128 * 4
+"""Of a page of 128 on a TPU, whose rows are 128 wide, in f32."""
 
 
 @pytest.fixture
@@ -138,6 +142,37 @@ def test_a_cache_that_takes_what_is_left_is_one_that_a_gpus_kernels_take(be, mon
     assert f"kernels take at most {PAGES_OF_2_GIB}, or at least" in lines[-1]
     larger = runtime._fill_with_cache(deployment, 6 * 2**30, lines.append)
     assert larger.cache_spec.num_pages > 2 * PAGES_OF_2_GIB
+
+
+def test_a_cache_that_takes_what_is_left_leaves_an_allocator_some_room(engines, be, monkeypatch):
+    be(V7X)
+    limit = 10**9
+    monkeypatch.setattr(runtime, "memory_limit", lambda device: limit)
+    # Of a real cache of so many pages nobody needs the bytes.
+    real = deployments.Deployment.with_pages
+    asked = []
+
+    def few_pages(deployment, num_pages):
+        asked.append(deployment.memory_plan(0, limit).total + num_pages * PAGE_BYTES)
+        return real(deployment, min(num_pages, 18))
+
+    monkeypatch.setattr(deployments.Deployment, "with_pages", few_pages)
+    config = replace(MAIN, num_pages=None, compile_cache=None)
+    with Engine.load(engines.checkpoint, config) as engine:
+        assert engine._runtime.cache_spec.page_bytes == PAGE_BYTES
+    assert 0.9 * limit < asked[-1] <= 0.97 * limit
+
+
+def test_a_device_without_room_says_so_at_the_start(engines, monkeypatch):
+    def allocate(cache_spec, mesh):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(CacheSpec, "allocate", allocate)
+    message = (
+        r"got a model that needs .*cache 0\.00 GB.*; the device had no room for all of it; lower"
+    )
+    with pytest.raises(ConfigError, match=message):
+        Engine.load(engines.checkpoint, MAIN)
 
 
 @pytest.mark.parametrize("target", [V6E, H100], ids=lambda target: target.name)
