@@ -4,6 +4,8 @@ PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 p
 	$$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' \
 	>/dev/null 2>&1 && echo $$p && break; done)
 MODEL ?= smollm2-135m
+# Processes that run tests; each takes some two gigabytes.
+TEST_JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
@@ -19,7 +21,7 @@ serve: .venv/run.stamp
 
 test: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile
 
 lint: .venv/lint.stamp
 	$(BIN)/ruff check .
