@@ -275,5 +275,4 @@ def _peak_concurrency(records: Sequence[RequestRecord]) -> int:
 
 
 def _module_name() -> str:
-    main = sys.modules["__main__"]
-    return f"benchmarks.{Path(str(main.__file__)).stem}"
+    return f"benchmarks.{Path(sys.argv[0]).stem}"

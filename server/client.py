@@ -74,6 +74,8 @@ class Stream:
         while not self._is_cancelled:
             num_attempts += 1
             self._call = self._begin(deadline.left_s)
+            if self._is_cancelled:  # since the loop looked, when there was no call to end
+                self._call.cancel()
             has_begun = False
             try:
                 for event in self._call:

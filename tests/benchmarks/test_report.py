@@ -151,13 +151,15 @@ def test_another_goodput_is_refused(items):
         parse_goodput(items)
 
 
-def test_a_result_says_how_it_was_made(tmp_path):
+def test_a_result_says_how_it_was_made(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/benchmarks/depth.py", "--output", "a file"])
     path = tmp_path / "result.json"
     run = serving_result([FIRST, SECOND, FAILED], 2.0, {"ttft": 500.0})
     write_json(path, run)
     result = json.loads(path.read_text())
     assert {name: result[name] for name in run} == run
     assert result["made"] == "measured"
+    assert result["command"] == "python -m benchmarks.depth --output 'a file'"
     assert result["machine"] == machine()
     assert result["machine"]["cores"] >= 1
     assert set(result["versions"]) == {"pallasite", "jax", "jaxlib"}

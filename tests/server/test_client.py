@@ -279,6 +279,22 @@ async def test_a_synchronous_stream_is_cancelled_from_another_thread(tmp_path):
             await eventually(lambda: not s.engine.rows)
 
 
+async def test_a_stream_that_is_cancelled_while_its_call_begins_ends(tmp_path):
+    async with serving(tmp_path, FakeEngine(step_s=0.01)) as s:
+        with Client(s.server.address) as client:
+            stream = client.generate([1, 2], SamplingParams(max_tokens=500))
+            begin = stream._begin
+
+            def begin_late(left_s):
+                call = begin(left_s)
+                stream.cancel()
+                return call
+
+            stream._begin = begin_late
+            assert len(await asyncio.to_thread(list, stream)) < 500
+            await eventually(lambda: not s.engine.rows)
+
+
 async def test_a_busy_server_is_asked_again_by_the_synchronous_client_too(tmp_path):
     engine = FakeEngine()
     busy = RequestError("busy", code=ErrorCode.RESOURCE_EXHAUSTED, retry_after_s=0.01)
