@@ -150,12 +150,10 @@ class Parts(NamedTuple):
         return self.scoring.scores(scores)
 
     def mask(self, scores: Float[Array, "r S"], part: _Part, seen: "Seen") -> Float[Array, "r S"]:
-        """Hides what a query does not see, and all from queries that are not the pair's."""
+        """Hides what a query does not see; of other requests' queries nothing is kept."""
         pair = seen.pair
         row = part.rows.start + jax.lax.broadcasted_iota(jnp.int32, (part.rows.size, 1), 0)
-        token = row // self.group
-        is_own = (token >= pair.first_token) & (token < pair.end_token)
-        last = jnp.where(is_own, pair.first_position + token - seen.start, -1)
+        last = pair.first_position + row // self.group - seen.start
         column = jax.lax.broadcasted_iota(jnp.int32, scores.shape, 1)
         visible = column <= last
         if self.scoring.has_window:

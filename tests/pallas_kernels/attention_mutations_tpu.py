@@ -19,9 +19,6 @@ TPU = (
         "parts", "the prefill's window is one wider", "last - seen.window", "last - seen.window - 1"
     ),
     _fault(
-        "parts", "other requests' queries are taken in", "is_own, pair.first", "True, pair.first"
-    ),
-    _fault(
         "parts",
         "sums are not shrunk",
         "scratch.total[part.head, part.rows] * shrink",
