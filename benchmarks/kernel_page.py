@@ -22,7 +22,7 @@ from benchmarks.kernel_figures import (
 from benchmarks.report import shown
 from pallasite.models.errors import ConfigError
 
-MARK = "<!-- made by benchmarks.kernels: {} -->"
+MARK = "<!-- made by benchmarks: {} -->"
 END = "<!-- end -->"
 _MIB = 2**20
 _Figures = TypeVar("_Figures", DecodeFigures, PrefillFigures, WriteFigures, GpuFigures)

@@ -50,7 +50,7 @@ class MemoryPlan:
             raise self.error(f"the device has {_gb(self.limit)}")
 
     def error(self, reason: str) -> ConfigError:
-        """Returns what says that this does not fit, with the numbers."""
+        """Returns what says that this does not fit, why, and with the numbers."""
         return ConfigError(
             f"got a model that needs {_gb(self.total)} (weights {_gb(self.weights)}, adapters"
             f" {_gb(self.adapters + self.loading)}, cache {_gb(self.cache)}, sampler"

@@ -162,8 +162,7 @@ class Programs:
     def temporary_bytes(self) -> int:
         """Returns the most memory that any program needs beside its arguments."""
         others = [program for program in (self._set_slot,) if program is not None]
-        programs = (*self._steps.values(), *others)
-        return max((_temporary_bytes(program) for program in programs), default=0)
+        return max(_temporary_bytes(program) for program in (*self._steps.values(), *others))
 
     def aliased_bytes(self, bucket: Bucket) -> int:
         """Returns the bytes of arguments that a program updates in place, on a device."""

@@ -1,11 +1,12 @@
 """One model on its devices: weights, cache, sampler state and the programs that run them."""
 
+import contextlib
 import ctypes
 import gc
 import logging
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.errors import adapter_memory_error, lost_adapters_error, placing_error
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan
-from pallasite.engine.planner import cache_limit, memory_limit, pages_that_fit
+from pallasite.engine.planner import MemoryPlan, cache_limit, memory_limit, pages_that_fit
 from pallasite.engine.program_file import ProgramFile
 from pallasite.engine.programs import Programs, ProgramSpec, use_compile_cache
 from pallasite.engine.sampler_state import SamplerState, SlotEdit, init_state
@@ -198,17 +199,17 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
 
             _prepare(programs, deployment, watch)
             compiled = time.monotonic()
-            loaded = loading.result()
-        deployment.memory_plan(programs.temporary_bytes(), limit).check()
+            plan = deployment.memory_plan(programs.temporary_bytes(), limit)
+            with _room_for(plan):
+                loaded = loading.result()
+        plan.check()
         _return_freed_memory()
         prepared = time.monotonic()
         spec = replace(spec, model=loaded)
-        runtime = Runtime(programs, spec, deployment.cache_spec, deployment.max_context_len)
-    except BaseException as error:
+        with _room_for(plan):
+            runtime = Runtime(programs, spec, deployment.cache_spec, deployment.max_context_len)
+    except BaseException:
         programs.close()
-        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" in str(error):
-            plan = deployment.memory_plan(programs.temporary_bytes(), limit)
-            raise plan.error("the device had no room for all of it") from error
         raise
     end = time.monotonic()
     progress(
@@ -217,6 +218,17 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
         f" allocated {end - prepared:.1f} s"
     )
     return runtime
+
+
+@contextlib.contextmanager
+def _room_for(plan: MemoryPlan) -> Iterator[None]:
+    """Says it as a ConfigError where a device has no room for what is put there."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise plan.error("the device had no room for all of it") from error
 
 
 def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progress) -> Deployment:

@@ -49,4 +49,89 @@ class Entry:
     why: str
 
 
-ENTRIES: tuple[Entry, ...] = ()
+ENTRIES: tuple[Entry, ...] = (
+    Entry(
+        chip="tpu:v5e",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,970 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v5e",
+        shape=Shape(cache="int8", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,462 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v5e",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=4, rows=256, heads=4),
+        made="static",
+        why="1,369,680 bundles of a prompt of 4,096 tokens",
+    ),
+    Entry(
+        chip="tpu:v5e",
+        shape=Shape(cache="int8", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=4, rows=256, heads=4),
+        made="static",
+        why="1,446,483 bundles of a prompt of 4,096 tokens",
+    ),
+    Entry(
+        chip="tpu:v6e",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,503 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v6e",
+        shape=Shape(cache="int8", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,207 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v6e",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=4, rows=256, heads=4),
+        made="static",
+        why="845,280 bundles of a prompt of 4,096 tokens",
+    ),
+    Entry(
+        chip="tpu:v6e",
+        shape=Shape(cache="int8", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=2, rows=512, heads=8),
+        made="static",
+        why="964,514 bundles of a prompt of 4,096 tokens",
+    ),
+    Entry(
+        chip="tpu:v7x",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,532 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v7x",
+        shape=Shape(cache="float8_e4m3fn", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=DecodeBlocks(pages=16, piece_pages=4, heads=8),
+        made="static",
+        why="2,124 bundles per 2,048 cached tokens",
+    ),
+    Entry(
+        chip="tpu:v7x",
+        shape=Shape(cache="bfloat16", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=4, rows=256, heads=4),
+        made="static",
+        why="838,656 bundles of a prompt of 4,096 tokens",
+    ),
+    Entry(
+        chip="tpu:v7x",
+        shape=Shape(cache="float8_e4m3fn", page=128, key_heads=8, group=4, row=(2, 128)),
+        blocks=PrefillBlocks(tokens=128, pages=4, rows=512, heads=8),
+        made="static",
+        why="898,707 bundles of a prompt of 4,096 tokens",
+    ),
+)

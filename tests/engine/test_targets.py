@@ -175,6 +175,15 @@ def test_a_device_without_room_says_so_at_the_start(engines, monkeypatch):
         Engine.load(engines.checkpoint, MAIN)
 
 
+def test_a_kernel_that_does_not_fit_is_not_told_as_want_of_memory(engines, monkeypatch):
+    def compile(programs, progress):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Shared memory size limit exceeded")
+
+    monkeypatch.setattr(runtime.Programs, "compile", compile)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Shared memory"):
+        Engine.load(engines.checkpoint, replace(MAIN, compile_cache=None))
+
+
 @pytest.mark.parametrize("target", [V6E, H100], ids=lambda target: target.name)
 def test_kernels_answer_as_the_definition_does(target, engines, be, monkeypatch, request, rng):
     """The target's own kernels in an interpreter, under the engine's buckets, pages and padding."""

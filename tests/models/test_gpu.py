@@ -16,7 +16,7 @@ from pallasite.models.weights import placed
 from pallasite.pallas_kernels.paged_attention import Ragged
 from pallasite.pallas_kernels.target import H100
 from tests.models.running import mesh_of
-from tests.pallas_kernels.lowering import lowered_for_gpu
+from tests.pallas_kernels.compilers import lowered_for_gpu
 from tests.tiny_checkpoints import TINY
 
 

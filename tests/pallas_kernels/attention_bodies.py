@@ -58,7 +58,7 @@ _TPU_LARGER = (
     Setting(T=200, K=3, G=4, H=128, page=128, held_as=BFLOAT16, given_as=BFLOAT16, max_len=1300),
     Setting(
         **{"T": 200, "K": 1, "G": 3, "H": 64, "page": 128, "held_as": BFLOAT16, "max_len": 1300},
-        **{"given_as": BFLOAT16, "windows": (200, None), "has_sinks": True},
+        **{"given_as": BFLOAT16, "windows": (200, 700), "has_sinks": True},
     ),
     Setting(T=200, K=1, G=1, H=256, page=128, held_as=FLOAT32, max_len=1300, soft_cap=5.0),
     Setting(T=200, K=1, G=8, H=128, page=32, held_as=INT8, given_as=BFLOAT16, windows=(37, 150)),

@@ -16,6 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = ROOT / "pallas_kernels"
+LIMIT_S = 300
+"""Tests that take longer wait for what a fault has left out; without a fault they take a minute or
+two."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +94,20 @@ def _failed(tests: tuple[str, ...], mutation: Mutation | None = None) -> str:
         if where != str(package / "pallas_kernels" / "__init__.py"):
             raise RuntimeError(f"got the package from {where!r}; the tests would not see a fault")
         options = ["-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=unshrunk"]
-        done = _python(["-m", "pytest", *options, *tests], env)
+        try:
+            done = _python(["-m", "pytest", *options, *tests], env, LIMIT_S)
+        except subprocess.TimeoutExpired:
+            return f"a test that did not end in {LIMIT_S} s"
     if done.returncode not in (0, 1):
         raise RuntimeError(f"got status {done.returncode} from pytest: {done.stdout[-2000:]}")
     names = re.findall("^FAILED .*?::(.*?)(?: - .*)?$", done.stdout, re.MULTILINE)
     return names[0] if done.returncode else ""
 
 
-def _python(arguments: list[str], env: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def _python(
+    arguments: list[str], env: dict[str, str], limit_s: float | None = None
+) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, *arguments]
     return subprocess.run(
-        [sys.executable, *arguments], env=env, cwd=ROOT, capture_output=True, text=True, check=False
+        command, env=env, cwd=ROOT, capture_output=True, text=True, check=False, timeout=limit_s
     )

@@ -7,12 +7,15 @@ test_gpu_registers.py.
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallasite.pallas_kernels import paged_attention
+from pallasite.pallas_kernels.paged_attention import gpu_prefill
+from pallasite.pallas_kernels.paged_attention.gpu_block import Inputs
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import attention_programs, gpu_registers
-from tests.pallas_kernels.lowering import lowered_for_gpu
+from tests.pallas_kernels.compilers import lowered_for_gpu
 
 TYPES = [(held_as, width) for held_as in gpu_registers.HELD_AS for width in gpu_registers.WIDTHS]
 
@@ -89,3 +92,14 @@ def test_the_op_says_which_numbers_of_pages_its_kernels_refuse(held_as, page_val
     assert len(told) == len(refused)
     assert not refused or told == refused
     assert not paged_attention.refused_pages(cache, find_target("tpu:v6e"))
+
+
+def test_a_gpu_of_which_nothing_is_known_has_smaller_blocks():
+    inputs = dict.fromkeys(Inputs._fields)
+    inputs["q"] = jax.ShapeDtypeStruct((512, 32, 128), jnp.bfloat16)
+    inputs["values"] = jax.ShapeDtypeStruct((1, 9, 8, 2, 32, 128), jnp.bfloat16)
+    plans = [
+        gpu_prefill._Plan.make(Inputs(**inputs), find_target(name)) for name in ("gpu", "gpu:h200")
+    ]
+    assert [plan.block_tokens for plan in plans] == [64, 128]
+    assert len(kernels(lowered("gpu", num_pages=100))) == 4

@@ -19,7 +19,7 @@ from hypothesis import example, given, settings
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, gpu
 from pallasite.pallas_kernels.target import find_target
 from tests.pallas_kernels import quantized_programs
-from tests.pallas_kernels.lowering import lowered_for_gpu
+from tests.pallas_kernels.compilers import lowered_for_gpu
 from tests.pallas_kernels.quantized_oracle import rounded
 from tests.pallas_kernels.test_quantized_matmul import make_case, matrix_of
 

@@ -91,6 +91,13 @@ def test_prefill_alone(body, setting):
         ([(T // 2, most), (1, most), (T // 3, most - 1)], 0, 6),
         ([(min(page, T // 3), page), (1, page + 1), (T // 3, T // 3)], 0, 0),
     ]
+    # The first query of a whole tile sees all of a block but its last position.
+    edges = (page, 2 * page, 4 * page, 8 * page)
+    examples += [([(full, n - 2 + full)], 0, 0) for n in edges if n - 2 + full <= most]
+    # The last of a tile of 128 queries sees all of a block but its first position; in each layer.
+    for window in setting.windows:
+        if window is not None and T >= 128 and full <= window - 127 + full <= most:
+            examples += 2 * [([(full, window - 127 + full)], 0, 0)]
     check(body, setting, prefill_batches(setting), examples)
 
 

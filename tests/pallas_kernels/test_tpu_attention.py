@@ -98,17 +98,35 @@ def test_page_tables_that_the_chip_cannot_hold_are_refused_and_smaller_ones_comp
 
 
 @needs_tpu_compiler
-@pytest.mark.parametrize("entry", ENTRIES, ids=lambda entry: f"{entry.chip}-{entry.shape}")
-def test_an_entry_of_the_table_compiles_for_its_chip(entry):
-    shape = entry.shape
+@pytest.mark.parametrize(
+    ("chip", "shape"),
+    dict.fromkeys((entry.chip, entry.shape) for entry in ENTRIES),
+    ids=lambda value: value if isinstance(value, str) else value.cache,
+)
+def test_entries_of_the_table_are_taken_and_compile_for_their_chip(chip, shape):
+    target = find_target(chip)
     options = {
         "num_heads": shape.key_heads * shape.group,
         "num_kv_heads": shape.key_heads,
         "head_width": shape.row[1] if shape.row[0] == 2 else shape.row[1] // 2,
         "held_as": shape.cache,
     }
-    assert shape.page == find_target(entry.chip).page_size
-    compiled(entry.chip, **options)
+    assert shape.page == target.page_size
+    case = attention_programs.step(target, **SMALL | options)
+    cache, pages_a_row = case.arguments[2], case.arguments[4]["page_table"].shape[1]
+    num_tokens = SMALL["num_tokens"]
+    taken = {
+        tpu_blocks.decode_blocks(cache, pages_a_row, shape.group, target),
+        tpu_blocks.prefill_blocks(cache, pages_a_row, num_tokens, shape.group, target),
+    }
+    assert {
+        entry.blocks for entry in ENTRIES if (entry.chip, entry.shape) == (chip, shape)
+    } <= taken
+    compiled(chip, **options)
+
+
+def test_every_chip_that_was_tuned_has_entries():
+    assert {entry.chip for entry in ENTRIES} == {"tpu:v5e", "tpu:v6e", "tpu:v7x"}
 
 
 @pytest.mark.parametrize(
