@@ -110,6 +110,7 @@ def test_entries_of_the_table_are_taken_and_compile_for_their_chip(chip, shape):
         "num_kv_heads": shape.key_heads,
         "head_width": shape.row[1] if shape.row[0] == 2 else shape.row[1] // 2,
         "held_as": shape.cache,
+        "num_pages": 1024,
     }
     assert shape.page == target.page_size
     case = attention_programs.step(target, **SMALL | options)
