@@ -62,21 +62,34 @@ def tables(figures: Sequence[Figures]) -> list[Table]:
     return [table for table in found if table.rows]
 
 
+def check_page(page: Path, names: Iterable[str]) -> None:
+    """Raises ConfigError for a page that lacks a place for one of these tables."""
+    text = page.read_text() if page.exists() else ""
+    for name in names:
+        if not _place(name).search(text):
+            raise ConfigError(
+                f"got {page.name}, which has no line {MARK.format(name)!r} with {END!r} after it;"
+                " add both"
+            )
+
+
 def fill_in(page: Path, made: Iterable[Table]) -> None:
     """Puts tables into a page, between the marks of their names.
 
     Raises ConfigError for a page without one of the marks.
     """
+    made = list(made)
+    check_page(page, [table.name for table in made])
     text = page.read_text()
     for table in made:
-        mark = MARK.format(table.name)
-        pattern = re.compile(f"{re.escape(mark)}\n.*?{re.escape(END)}\n", re.DOTALL)
-        if not pattern.search(text):
-            raise ConfigError(
-                f"got {page}, which has no line {mark!r} with {END!r} after it; add both"
-            )
-        text = pattern.sub(lambda _, t=table, m=mark: f"{m}\n{t.markdown()}{END}\n", text)
+        filled = f"{MARK.format(table.name)}\n{table.markdown()}{END}\n"
+        text = _place(table.name).sub(lambda _, filled=filled: filled, text)
     page.write_text(text)
+
+
+def _place(name: str) -> re.Pattern[str]:
+    """Matches what stands between the marks of a table, and them."""
+    return re.compile(f"{re.escape(MARK.format(name))}\n.*?{re.escape(END)}\n", re.DOTALL)
 
 
 def draw(path: Path, figures: Sequence[Figures]) -> None:

@@ -1,17 +1,15 @@
-"""How long the kernels take on the device that is there, beside what comes with JAX. Measured.
+"""How long the kernels take on the device that is there; on a GPU beside JAX's. Measured.
 
     python -m benchmarks.kernel_times --document docs/kernels.md
 
 The attention op is timed as a model calls it, its write of the cache included, in a loop in which
-each step takes the last one's result. What the device can reach at most is measured in the same
-run: a copy of memory, and a product of large matrices. On a CPU the op is its reference, which
-nobody would time; it runs there so that this file can be tested.
+each step takes the last one's result. How fast the device copies memory and multiplies large
+matrices is measured in the same run. On a CPU nobody would time the op; it runs there in tests.
 """
 
 import argparse
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,33 +22,30 @@ import numpy as np
 # So that the file can be run by its path, too.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import kernel_peers, quantized, report
+from benchmarks import kernel_peers, report
 from benchmarks.kernel_cases import Shapes
-from benchmarks.kernel_page import Table, fill_in
+from benchmarks.kernel_page import Table, check_page, fill_in
+from benchmarks.kernel_products import product_table, quantized_products
 from benchmarks.options import run, say
+from benchmarks.timing import Times, random_arguments, seconds
+from pallasite.engine.deployment import target_for
 from pallasite.models.errors import ConfigError
-from pallasite.pallas_kernels.compile import Case
 from pallasite.pallas_kernels.paged_attention import (
     AttentionConfig,
     PagedCache,
     Ragged,
     paged_attention,
 )
-from pallasite.pallas_kernels.target import CPU, Target, target_of
+from pallasite.pallas_kernels.target import CPU, Target
 from pallasite.server.arguments import Parser
 from pallasite.server.flags import FILE
 
-ROUNDS = 7
 RUN_S = 2e-2
-"""What a run should take on a fast device, so that the host's part does not count."""
+"""What a run should take on a fast device, so that the host's part counts little."""
 
 CACHES = ("bfloat16", "int8", "float8_e4m3fn")
 NUM_LAYERS = 2
-"""Of the cache, taken in turn: together they are larger than any cache on the chip."""
-
-PRODUCT_FORMS = ("int8", "w8a8", "int4:32")
-PRODUCT_TOKENS = (1, 16, 64)
-PRODUCT_SHAPE = "14336x4096"
+"""Of the cache, taken in turn, as a model takes its own."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,29 +104,16 @@ LOADS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Times:
-    """What one kernel took for one load.
-
-    Attributes:
-        kernel: whose.
-        load: of what.
-        cache: what the cache holds.
-        median_s, least_s: seconds of a step, over ROUNDS runs.
-        num_bytes: what must be moved.
-        flops: what must be computed.
-    """
+class Missing:
+    """A kernel that did not run, and why."""
 
     kernel: str
     load: str
-    cache: str
-    median_s: float
-    least_s: float
-    num_bytes: int
-    flops: int
+    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class Ceilings:
+class Speeds:
     """What the device reached: bytes a second of a copy, both ways counted, and bfloat16 FLOP/s."""
 
     bytes_per_s: float
@@ -142,10 +124,12 @@ def main() -> None:
     """Measures and prints. Raises ConfigError where it cannot."""
     args = _arguments()
     device = jax.devices()[0]
-    target = target_of(device.platform, device.device_kind)
+    target = target_for(device)
     if target.platform == "cpu":
         raise ConfigError("got a CPU; kernels are timed on an accelerator; run this where one is")
-    most = ceilings(2**30, 8192)
+    if args.document is not None:
+        check_page(args.document, ("device", "attention", "products"))
+    most = measured_speeds(2**30, 8192)
     found = list(attention(target, Shapes(page=target.page_size), LOADS))
     products = list(quantized_products(target))
     made = [attention_table(found, most), product_table(products)]
@@ -160,40 +144,32 @@ def main() -> None:
             "made": "measured",
             "device": device.device_kind,
             "jax": jax.__version__,
-            "ceilings": asdict(most),
-            "attention": [asdict(one) for one in found],
+            "speeds": asdict(most),
+            "attention": [asdict(one) for one in found if isinstance(one, Times)],
+            "missing": [asdict(one) for one in found if isinstance(one, Missing)],
             "products": [asdict(one) for one in products],
         }
         report.write_json(args.output, result)
     if args.document is not None:
-        where = Table(
-            name="device",
-            title="device",
-            headers=("device", "JAX", "copy, GB/s", "bfloat16 product, TFLOP/s"),
-            rows=(
-                (
-                    device.device_kind,
-                    jax.__version__,
-                    round(most.bytes_per_s / 1e9),
-                    round(most.flops / 1e12),
-                ),
-            ),
-        )
+        where = device_table(device.device_kind, target, most)
         fill_in(args.document, [where, *made])
 
 
-def attention(target: Target, shapes: Shapes, loads: tuple[Load, ...]) -> Iterator[Times]:
-    """Times the op with each cache, and what comes with JAX with bfloat16 alone."""
+def attention(target: Target, shapes: Shapes, loads: tuple[Load, ...]) -> Iterator[Times | Missing]:
+    """Times the op with each cache that the target has, and all others with bfloat16 alone."""
     for load in loads:
         for cache in CACHES:
-            held = replace(shapes, cache=cache)
-            yield timed("Pallasite", load, held, *_op(target, held, load))
+            if cache != "float8_e4m3fn" or target.multiplies_fp8:
+                held = replace(shapes, cache=cache)
+                yield timed("Pallasite", load, held, *_op(target, held, load))
         held = replace(shapes, cache="bfloat16")
-        for name, make in _peers(target, load):
+        for name, make in _others(target, load):
             try:
                 yield timed(name, load, held, *make(target, held, load))
-            except (RuntimeError, ValueError, NotImplementedError) as error:
-                say(f"{name}: {str(error).splitlines()[0]}")
+            except (RuntimeError, ValueError, NotImplementedError, AssertionError) as error:
+                reason = str(error).partition("\n")[0]
+                say(f"{name}: {reason}")
+                yield Missing(kernel=name, load=load.name, reason=reason)
 
 
 def timed(name: str, load: Load, shapes: Shapes, step: Any, carry: Any, constants: Any) -> Times:
@@ -214,76 +190,42 @@ def timed(name: str, load: Load, shapes: Shapes, step: Any, carry: Any, constant
     )
 
 
-def seconds(step: Callable[..., Any], carry: Any, constants: Any, num_steps: int) -> list[float]:
-    """Returns the seconds of a step in each of ROUNDS runs of as many, after one more."""
-
-    def loop(carry: Any, constants: Any) -> Any:
-        return jax.lax.fori_loop(
-            0, num_steps, lambda index, carry: step(index, carry, constants), carry
-        )
-
-    compiled = jax.jit(loop, donate_argnums=0)
-    times = []
-    for _ in range(ROUNDS + 1):
-        start = time.perf_counter()
-        carry = jax.block_until_ready(compiled(carry, constants))
-        times.append((time.perf_counter() - start) / num_steps)
-    return times[1:]
-
-
-def ceilings(num_bytes: int, side: int) -> Ceilings:
+def measured_speeds(num_bytes: int, side: int) -> Speeds:
     """Measures a copy of so many bytes, and a product of square matrices."""
     copied = seconds(lambda _, x, __: x + 1, jnp.zeros(num_bytes // 4, jnp.float32), (), 10)
     key = jax.random.key(0)
     a, b = (jax.random.normal(k, (side, side), jnp.bfloat16) for k in jax.random.split(key))
     factor = jnp.asarray(side**-0.5, jnp.bfloat16)
     multiplied = seconds(lambda _, a, b: (a @ b) * factor, a, b, 10)
-    return Ceilings(
+    return Speeds(
         bytes_per_s=2 * num_bytes / statistics.median(copied),
         flops=2 * side**3 / statistics.median(multiplied),
     )
 
 
-def quantized_products(target: Target) -> Iterator[Times]:
-    """Times products with the matrices of a stack of layers: the op, and XLA's dot for it."""
-    for form in PRODUCT_FORMS:
-        for num_tokens in PRODUCT_TOKENS:
-            for body in quantized.BODIES:
-                case = quantized.layers(target, form, PRODUCT_SHAPE, num_tokens, body)
-                x, matrix = random_arguments(case)
-                say(f"{body}: {form}, {num_tokens} tokens")
-                times = seconds(lambda _, x, m, f=case.function: f(x, m), x, matrix, 10)
-                stored = sum(leaf.nbytes for leaf in jax.tree.leaves(matrix))
-                num_rows, num_inputs = map(int, PRODUCT_SHAPE.split("x"))
-                yield Times(
-                    kernel="XLA" if body == "xla" else "Pallasite",
-                    load=f"{num_tokens} token{'s' * (num_tokens > 1)}",
-                    cache=form,
-                    median_s=statistics.median(times) / quantized.NUM_LAYERS,
-                    least_s=min(times) / quantized.NUM_LAYERS,
-                    num_bytes=stored // quantized.NUM_LAYERS,
-                    flops=2 * num_tokens * num_rows * num_inputs,
-                )
+def device_table(kind: str, target: Target, reached: Speeds) -> Table:
+    """Returns what the device reached, beside its public figures."""
+    headers = (
+        *("device", "JAX", "copy, GB/s", "memory, GB/s (public)"),
+        *("bfloat16 product, TFLOP/s", "TFLOP/s (public)"),
+    )
+    row = (
+        *(kind, jax.__version__, round(reached.bytes_per_s / 1e9)),
+        None if target.hbm_bytes_per_s is None else round(target.hbm_bytes_per_s / 1e9),
+        round(reached.flops / 1e12),
+        None if target.flops is None else round(target.flops / 1e12),
+    )
+    return Table(name="device", title="device", headers=headers, rows=(row,))
 
 
-def random_arguments(case: Case) -> Any:
-    """Returns arrays of the shapes that a case is made of: floats N(0, 1), integers any."""
-    rng = np.random.default_rng(0)
-
-    def make(struct: jax.ShapeDtypeStruct) -> jax.Array:
-        if jnp.issubdtype(struct.dtype, jnp.integer):
-            lowest, highest = jnp.iinfo(struct.dtype).min, jnp.iinfo(struct.dtype).max
-            return jnp.asarray(rng.integers(lowest, highest + 1, struct.shape, struct.dtype.name))
-        return jnp.asarray(rng.standard_normal(struct.shape, np.float32)).astype(struct.dtype)
-
-    return jax.tree.map(make, case.arguments)
-
-
-def attention_table(found: list[Times], most: Ceilings) -> Table:
-    """Returns microseconds, and the share of what bounds each: memory or arithmetic."""
-    rows = []
+def attention_table(found: list[Times | Missing], reached: Speeds) -> Table:
+    """Returns microseconds, and how they compare with a copy or a product of the same size."""
+    rows: list[tuple[Any, ...]] = []
     for one in found:
-        memory_s, math_s = one.num_bytes / most.bytes_per_s, one.flops / most.flops
+        if isinstance(one, Missing):
+            rows.append((one.load, one.kernel, "bfloat16", None, None, None, one.reason))
+            continue
+        memory_s, math_s = one.num_bytes / reached.bytes_per_s, one.flops / reached.flops
         rows.append(
             (
                 one.load,
@@ -295,20 +237,8 @@ def attention_table(found: list[Times], most: Ceilings) -> Table:
                 f"{max(memory_s, math_s) / one.median_s:.0%}",
             )
         )
-    headers = "step", "kernel", "cache", "µs", "GB/s", "TFLOP/s", "of the ceiling"
+    headers = "step", "kernel", "cache", "µs", "GB/s", "TFLOP/s", "of a copy's or product's speed"
     return Table(name="attention", title="attention", headers=headers, rows=tuple(rows))
-
-
-def product_table(found: list[Times]) -> Table:
-    """Returns microseconds of a layer's product, the op's beside XLA's."""
-    rows = []
-    for xla, op in zip(found[::2], found[1::2], strict=True):
-        times = xla.median_s * 1e6, op.median_s * 1e6
-        speed = round(op.num_bytes / op.median_s / 1e9)
-        rows.append((op.cache, op.load, *times, f"{xla.median_s / op.median_s:.2f}", speed))
-    headers = "form", "step", "XLA, µs", "Pallasite, µs", "times as fast", "GB/s stored"
-    title = f"a product with a matrix of {PRODUCT_SHAPE}"
-    return Table(name="products", title=title, headers=headers, rows=tuple(rows))
 
 
 def _op(target: Target, shapes: Shapes, load: Load) -> tuple[Any, Any, Any]:
@@ -361,20 +291,19 @@ def _batch(shapes: Shapes, load: Load) -> tuple[Ragged, int]:
     return ragged, sum(counts)
 
 
-def _peers(target: Target, load: Load) -> list[tuple[str, Callable[..., Any]]]:
-    """Returns those of JAX's for this platform that do what the load asks for."""
+def _others(target: Target, load: Load) -> list[tuple[str, Callable[..., Any]]]:
+    """Returns JAX's kernels for this platform that do what the load asks for, or the reference."""
     if target.platform != "gpu":
         return []
     if not load.prefill:
-        return [("JAX paged_attention", _gpu_paged), ("XLA", _xla)]
+        return [("JAX paged_attention", _gpu_paged), ("reference", _reference)]
     if load.is_prompt:
         return [("JAX mha", _gpu_mha), ("cuDNN", _cudnn)]
-    return [("XLA", _xla)]
+    return [("reference", _reference)]
 
 
-def _xla(target: Target, shapes: Shapes, load: Load) -> tuple[Any, Any, Any]:
-    """The op's reference, as XLA compiles it."""
-    # A CPU's body is plain jnp.
+def _reference(target: Target, shapes: Shapes, load: Load) -> tuple[Any, Any, Any]:
+    """The op's definition in plain jnp, which is a CPU's body."""
     plain = replace(CPU, page_size=shapes.page, holds_bfloat16_as_bits=False)
     return _op(plain, shapes, load)
 

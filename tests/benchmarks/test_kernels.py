@@ -264,7 +264,7 @@ def test_tables_go_between_their_marks_alone(tmp_path, small):
     fill_in(page, tables([small, PREFILL]))
     assert page.read_text() == first
     page.write_text("no marks\n")
-    with pytest.raises(ConfigError, match="kernels: decode"):
+    with pytest.raises(ConfigError, match="benchmarks: decode"):
         fill_in(page, tables([small]))
 
 

@@ -5,8 +5,11 @@ poisoned with and what outputs are held to, `attention_cases.py`. Caches are com
 
 That these tests can fail is checked in two ways. `test_a_wrong_attention_is_seen` holds wrong
 answers to the tolerances. And `python -m tests.pallas_kernels.attention_mutations` breaks the
-bodies themselves, one fault at a time, and says which test saw it. It takes about a minute a fault;
-when the reference was last run so, all of its 41 faults were seen.
+bodies themselves, one fault at a time, and says which test saw it, in half a minute or so a fault.
+Among them are causal masks off by one, pages that are dropped, values without their scales, copies
+that are not waited for, and tiles that are overwritten on their way. When they were last made, all
+were seen: 41 in the reference, 48 in the GPU's kernels, 30 in the TPU's, two of which make a
+test wait for what never comes.
 """
 
 from dataclasses import replace
