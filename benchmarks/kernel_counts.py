@@ -37,6 +37,7 @@ def decode(num_tokens: int, page: int, block_pages: int, piece_pages: int, tile:
             "finish_block": 1 / num_blocks,
             # Behind the new row, to the end of its page.
             "clear_tile": page // tile - ((num_tokens - 1) % page // tile + 1),
+            "clear_rest": is_cut,
             "clear_page": (block_pages if is_large else num_pieces * piece_pages) - last_pages,
             "attend_whole": (num_blocks - is_masked) / num_blocks,
             "attend_most": (is_masked and is_large) / num_blocks,

@@ -234,13 +234,14 @@ class _Kernel(NamedTuple):
                     1 - slot,
                 )
 
-            self.reader.wait(self.block_pages(request, block)[1], slot)
+            first, num_pages = self.block_pages(request, block)
+            self.reader.wait(num_pages, slot)
 
             @pl.when(is_last)
             def finish_block() -> None:
-                self.finish_block(request, block, slot)
+                self.finish_block(request, first, num_pages, slot)
 
-            self.attend_block(request, block, slot)
+            self.attend_block(request, first, num_pages, slot)
             return 1 - slot
 
         slot_ref[0] = jax.lax.fori_loop(0, num_blocks, take_block, slot_ref[0])
@@ -276,18 +277,20 @@ class _Kernel(NamedTuple):
         first, num_pages = self.block_pages(request, block)
         self.reader.start(request, first, num_pages, slot)
 
-    def finish_block(self, request: Array, block: Array, slot: Array) -> None:
+    def finish_block(self, request: Array, first: Array, num_pages: Array, slot: Array) -> None:
         """Writes the new row, and clears what the last block has beyond it."""
-        first, num_pages = self.block_pages(request, block)
         index = num_pages - 1
         row = (self.scalars.kv_lens[request] - 1) % self.page
         page_id = self.reader.page_id(request, first + index)
         self.writer.write(self.inputs.new, slot, index, row, page_id, request % 2)
-        piece = self.blocks.piece_pages
-        end = jnp.where(
-            self.is_large(num_pages), self.blocks.pages, self.num_pieces(num_pages) * piece
-        )
-        clear_pages(self.scratch.pages, slot, num_pages, end)
+
+        @pl.when(num_pages < self.blocks.pages)
+        def clear_rest() -> None:
+            piece = self.blocks.piece_pages
+            end = jnp.where(
+                self.is_large(num_pages), self.blocks.pages, self.num_pieces(num_pages) * piece
+            )
+            clear_pages(self.scratch.pages, slot, num_pages, end)
 
     def is_large(self, num_pages: Array) -> Array:
         """Whether a block is taken at once, not in pieces."""
@@ -296,8 +299,7 @@ class _Kernel(NamedTuple):
     def num_pieces(self, num_pages: Array) -> Array:
         return pl.cdiv(num_pages, self.blocks.piece_pages)
 
-    def attend_block(self, request: Array, block: Array, slot: Array) -> None:
-        first, num_pages = self.block_pages(request, block)
+    def attend_block(self, request: Array, first: Array, num_pages: Array, slot: Array) -> None:
         start, kv_len = first * self.page, self.scalars.kv_lens[request]
         first_seen, end_seen = self.first_position(request) - start, kv_len - start
         piece = self.blocks.piece_pages
