@@ -22,10 +22,13 @@ import jax.numpy as jnp
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import report
+from benchmarks.options import run
+from pallasite.models.errors import ConfigError
 from pallasite.models.forms import parse_form
 from pallasite.pallas_kernels.compile import Case, CompileError, Process, Report, compile_for
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix, quantized_matmul, tpu
 from pallasite.pallas_kernels.target import CPU, Target, find_target
+from pallasite.server.arguments import Parser
 
 NUM_LAYERS = 8
 FORMS = ("int8", "int8:128", "w8a8", "w8a8:128", "int4:32", "int4:128", "fp8")
@@ -69,13 +72,17 @@ class Figures:
 
 
 def main() -> None:
-    """Compiles and prints."""
+    """Compiles and prints. Raises ConfigError for what is no chip, form, shape or number."""
     args = _arguments()
-    target = find_target(args.target)
+    target, forms = _target(args.target), args.forms.split(",")
+    shapes = [_shape(text) for text in args.shapes.split(",")]
+    tokens = [_whole("--tokens", text) for text in args.tokens.split(",")]
+    for form in forms:
+        parse_form(form)
     rows = []
-    for form in args.forms.split(","):
-        for shape in args.shapes.split(","):
-            for num_tokens in map(int, args.tokens.split(",")):
+    for form in forms:
+        for shape in shapes:
+            for num_tokens in tokens:
                 for body in BODIES:
                     name = f"{form} {shape} {num_tokens} {body}"
                     try:
@@ -212,12 +219,38 @@ def table(target: Target, rows: Iterable[Figures]) -> str:
     return report.table(f"a layer's product on {target.name}, bytes in MB", headers, cells)
 
 
+def _target(name: str) -> Target:
+    try:
+        target = find_target(name)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if target.platform != "tpu":
+        raise ConfigError(f"got --target {name}; the figures are of TPUs; name one, as tpu:v6e")
+    return target
+
+
+def _shape(text: str) -> str:
+    num_rows, separator, num_inputs = text.partition("x")
+    if not separator:
+        raise ConfigError(f"got --shapes {text!r}; it must be rows x inputs, as 14336x4096")
+    return f"{_whole('--shapes', num_rows)}x{_whole('--shapes', num_inputs)}"
+
+
+def _whole(flag: str, text: str) -> int:
+    if not (text.isascii() and text.isdecimal() and int(text) > 0):
+        raise ConfigError(f"got {text!r} in {flag}; it must be whole numbers above 0; change it")
+    return int(text)
+
+
 def _struct(shape: tuple[int, ...], dtype: jax.typing.DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Static figures of quantized products on a TPU.")
+    parser = Parser(
+        prog="python -m benchmarks.quantized",
+        description="Static figures of quantized products on a TPU.",
+    )
     parser.add_argument("--target", required=True, help="such as tpu:v6e")
     for name, values, what in (
         ("--forms", FORMS, "forms of weights"),
@@ -231,4 +264,4 @@ def _arguments() -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

@@ -10,10 +10,12 @@ from benchmarks.quantized import (
     Figures,
     has_kernel,
     layers,
+    main,
     per_layer,
     stacked_matrix,
     table,
 )
+from pallasite.models.errors import ConfigError
 from pallasite.pallas_kernels.compile import Report
 from pallasite.pallas_kernels.compile.traffic import Instruction
 from pallasite.pallas_kernels.target import V6E
@@ -94,3 +96,21 @@ def test_the_clock_below_which_memory_decides():
     assert table(V6E, [figures]).splitlines()[-1].split()[-1] == "1.50"
     bound = table(V6E, [replace(figures, is_lower_bound=True)])
     assert bound.splitlines()[-1].split()[-2:] == [">=", "1.50"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--target", "nope"], "got the target 'nope'; known are"),
+        (["--target", "gpu:h100"], "got --target gpu:h100; the figures are of TPUs"),
+        (["--target", "v6e", "--forms", "int9"], "got the weight form 'int9'"),
+        (["--target", "v6e", "--shapes", "4096"], "got --shapes '4096'; it must be rows x inputs"),
+        (["--target", "v6e", "--shapes", "4096x"], "got '' in --shapes; it must be whole numbers"),
+        (["--target", "v6e", "--tokens", "8,-1"], "got '-1' in --tokens; it must be whole numbers"),
+        (["--target", "v6e", "--tokens", "0"], "got '0' in --tokens"),
+    ],
+)
+def test_rubbish_gets_a_sentence(flags, message, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["quantized", *flags])
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        main()
