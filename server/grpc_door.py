@@ -122,8 +122,8 @@ class Door:
             await abort(context, error)
         except grpc.aio.AbortError:
             raise
-        except Exception:  # noqa: BLE001
-            # Else gRPC would send the exception's own text. The trace goes to the log alone.
+        except Exception:  # noqa: BLE001 - gRPC would send whatever it is, with its own text
+            # The trace goes to the log alone.
             _log.exception("a call with %s failed", request_type.DESCRIPTOR.full_name)
             await context.abort(
                 grpc.StatusCode.INTERNAL,
