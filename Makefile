@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench bench-kernels models parity reliability compile-gpu proto wheel-check clean
+.PHONY: demo serve test lint types bench bench-kernels peers compare models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -46,6 +46,16 @@ bench-kernels: .venv/test.stamp .venv/bench.stamp build/cuda/made.stamp
 	$(BIN)/python -m benchmarks.kernels --target tpu:v5e --target tpu:v6e --target tpu:v7x \
 		--target gpu:h100 --target gpu:b200 --against jax --gpu-python build/cuda/venv/bin/python \
 		--document docs/kernels.md --plot docs/kernels.png --output build/bench/kernels.json
+
+# Other engines, each in an environment of its own; one that does not install is reported.
+peers: .venv/run.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	$(BIN)/python -m benchmarks.peers.install
+
+compare: .venv/bench.stamp peers
+	mkdir -p build/bench
+	$(BIN)/python -m benchmarks.compare --output build/bench/compare.json \
+		--plot docs/cpu.png --document docs/cpu.md
 
 models: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m

@@ -38,7 +38,7 @@ class OpenVino:
         self._num_requests = 0
         self.settings = {
             "scheduler": scheduler.to_string(),
-            "properties": properties,
+            "properties": properties | {"CACHE_DIR": "its folder's"},
             "prefix cache": "off (enable_prefix_caching)",
         }
         self.versions = {

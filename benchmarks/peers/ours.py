@@ -14,6 +14,7 @@ from pallasite.engine.stream import TokenStream
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.pull import locate
 from pallasite.models.weights import num_bytes
+from pallasite.server.flags import ENGINE_FLAGS, shown_flags
 
 
 class Pallasite:
@@ -30,7 +31,7 @@ class Pallasite:
         self._engine = Engine.load(room.model, config)
         deployment = plan_deployment(open_checkpoint(locate(room.model)).config, config)
         self.settings = {
-            "flags": list(room.options),
+            "flags": " ".join(shown_flags(config, ENGINE_FLAGS)) or "none",
             "weights": config.weights,
             "max_batch_tokens": config.max_batch_tokens,
             "prefix cache": "none",
