@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import compare_page, report
 from benchmarks.compare_run import POINT_NAMES, Comparison
-from benchmarks.compare_turns import Contender
+from benchmarks.compare_turns import Contender, Terms
 from benchmarks.kernel_page import check_page, fill_in
 from benchmarks.options import benchmark_parser, engine_config, run, vocab_size
 from benchmarks.peers.catalogue import BUILD, OURS, PEERS, ours
@@ -51,12 +51,14 @@ def main() -> None:
     comparison = Comparison(
         ours=OURS,
         model=model,
-        vocab_size=vocab_size(args.model),
         options=[*shown_flags(config, ENGINE_FLAGS), "--compile-cache", str(config.compile_cache)],
         folder=BUILD,
-        num_rounds=args.rounds,
-        seed=args.seed,
-        lock=args.lock,
+        terms=Terms(
+            num_rounds=args.rounds,
+            vocab_size=vocab_size(args.model),
+            seed=args.seed,
+            lock=args.lock,
+        ),
     )
     result = report.provenance() | {"model_id": args.model} | comparison.run(engines, names)
     show(result)
@@ -154,7 +156,7 @@ def _arguments() -> argparse.Namespace:
         "--lock",
         type=FILE,
         metavar="FILE",
-        help="hold this file's lock while a point is measured, so that benchmarks take turns on a"
+        help="hold this file's lock while an engine is measured, so that benchmarks take turns on a"
         " machine (default: hold none)",
     )
     return parser.parse_args()

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.compare_points import Figure, Load, room_for
-from benchmarks.compare_turns import Contender
+from benchmarks.compare_turns import Contender, family_of
 from benchmarks.peers.process import PeerError, PeerProcess
 from benchmarks.processes import Memory, memory_of
 from pallasite.models.errors import ConfigError
@@ -21,6 +21,9 @@ FIRST = Load(num_requests=1, input_len=139, output_len=1)
 
 ONE = Load(num_requests=1, input_len=128, output_len=128)
 """The request whose memory is told."""
+
+SCORED = Load(num_requests=32, input_len=128, output_len=1)
+"""Room for the texts that are scored; an engine may need many requests for one."""
 
 GOLDENS = Path(__file__).resolve().parent.parent / "tests" / "parity" / "goldens" / "smollm2.npz"
 
@@ -107,15 +110,6 @@ def _megabytes(memory: Sequence[Memory]) -> dict[str, float]:
         "peak": sum(one.peak_resident for one in memory) / 1e6,
         "resident": sum(one.proportional for one in memory) / 1e6,
     }
-
-
-def family_of(pid: int) -> list[int]:
-    """Returns a process and all below it. Raises OSError where it is gone or this is no Linux."""
-    found = [pid]
-    for one in found:
-        for thread in Path(f"/proc/{one}/task").iterdir():
-            found += map(int, (thread / "children").read_text().split())
-    return found
 
 
 def read_texts(path: Path = GOLDENS) -> list[Text]:

@@ -1,18 +1,17 @@
 """Runs a comparison: every engine at every point that is asked for, and what came of it."""
 
 import contextlib
+import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks import report
 from benchmarks.compare_fresh import (
-    FIRST,
-    ONE,
     QUALITY_FIGURES,
+    SCORED,
     START_FIGURES,
-    family_of,
     measure_quality,
     measure_start,
     read_texts,
@@ -21,14 +20,13 @@ from benchmarks.compare_points import POINTS, THREADS, Point, room_for
 from benchmarks.compare_turns import (
     Contender,
     Found,
+    Terms,
     figures_of,
     measure_load,
     read_rate,
     take_turns,
-    turn,
 )
 from benchmarks.options import say
-from benchmarks.processes import OthersClock
 
 START, QUALITY = "start", "quality"
 POINT_NAMES = (*(point.name for point in POINTS), START, QUALITY)
@@ -46,22 +44,16 @@ class Comparison:
     Attributes:
         ours: which engine the others are compared with.
         model: the GGUF file.
-        vocab_size: token ids that it knows.
         options: flags of ours.
         folder: where each peer has a folder of its name.
-        num_rounds: of each point at most.
-        seed: of the prompts.
-        lock: a file that is locked while a point is measured; None locks none.
+        terms: how.
     """
 
     ours: str
     model: Path
-    vocab_size: int
     options: Sequence[str]
     folder: Path
-    num_rounds: int
-    seed: int = 0
-    lock: Path | None = None
+    terms: Terms
 
     def run(self, engines: Sequence[Contender], names: Sequence[str]) -> dict[str, Any]:
         """Returns what was found of all engines at the points of these names."""
@@ -72,13 +64,12 @@ class Comparison:
             for engine in engines:
                 stack.enter_context(engine)
             if points or QUALITY in names:
-                loads = [point.load for point in points] or [FIRST, ONE]
+                loads = [point.load for point in points]
+                loads += [SCORED] if QUALITY in names else []
                 for engine in engines:
                     engine.load(room_for(loads, *self._place(engine)))
             for point in points:
-                with turn(self.lock), _Others(engines) as others:
-                    found = self._measure(engines, point, reads)
-                made[point.name] = self._told(point, found) | {"others_cores": others.cores}
+                made[point.name] = self._told(point, self._measure(engines, point, reads))
             if QUALITY in names:
                 made[QUALITY] = self._quality(engines)
         if START in names:
@@ -86,7 +77,7 @@ class Comparison:
         result: dict[str, Any] = {
             "ours": self.ours,
             "threads": THREADS,
-            "seed": self.seed,
+            "seed": self.terms.seed,
             "engines": {engine.name: engine.told() for engine in engines},
             "points": made,
         }
@@ -105,7 +96,7 @@ class Comparison:
             if point.name == "decode-1":
                 reads.append(read_rate(THREADS))
 
-        return measure_load(engines, point, self.num_rounds, self.vocab_size, self.seed, read)
+        return measure_load(engines, point, self.terms, read)
 
     def _told(self, point: Point, found: Mapping[str, Found]) -> dict[str, Any]:
         return {
@@ -113,13 +104,18 @@ class Comparison:
             "num_requests": point.load.num_requests,
             "input_len": point.load.input_len,
             "output_len": point.load.output_len,
+            "others_cores": _others(found),
             "figures": figures_of(point.figures, found, self.ours),
         }
 
     def _quality(self, engines: Sequence[Contender]) -> dict[str, Any]:
         texts = read_texts()
         say(f"quality on {len(texts)} texts")
-        found = take_turns(engines, lambda engine, _: measure_quality(engine, texts), 1)
+        found = take_turns(
+            engines,
+            lambda engine, _: measure_quality(engine, texts),
+            replace(self.terms, num_rounds=1, lock=None),
+        )
         return {
             "title": "quality",
             "num_texts": len(texts),
@@ -130,14 +126,13 @@ class Comparison:
     def _start(self, engines: Sequence[Contender]) -> dict[str, Any]:
         def start(engine: Contender) -> Mapping[str, float]:
             say(f"start: {engine.name}")
-            with turn(self.lock):
-                return measure_start(engine, *self._place(engine), self.vocab_size)
+            return measure_start(engine, *self._place(engine), self.terms.vocab_size)
 
         def warm(engine: Contender) -> None:
             # Leaves the files and the engine's own caches warm.
             start(engine)
 
-        found = take_turns(engines, lambda engine, _: start(engine), self.num_rounds, warm)
+        found = take_turns(engines, lambda engine, _: start(engine), self.terms, warm)
         return {"title": "start", "figures": figures_of(START_FIGURES, found, self.ours)}
 
     def _bandwidth(self, result: Mapping[str, Any], reads: Sequence[float]) -> dict[str, Any]:
@@ -157,22 +152,7 @@ class Comparison:
         }
 
 
-class _Others:
-    """Counts the cores that others on the machine take while the `with` block runs.
-
-    Attributes:
-        cores: on average; None where an engine ended meanwhile.
-    """
-
-    def __init__(self, engines: Sequence[Contender]) -> None:
-        self.cores: float | None = None
-        self._engines = engines
-
-    def __enter__(self) -> "_Others":
-        pids = [engine.pid for engine in self._engines if engine.pid is not None]
-        self._clock = OthersClock(*(one for pid in pids for one in family_of(pid)))
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        with contextlib.suppress(OSError):
-            self.cores = self._clock.cores()
+def _others(found: Mapping[str, Found]) -> float | None:
+    """Returns the median over all runs of the cores that others had; None where not counted."""
+    cores = [each for one in found.values() for each in one.others_cores]
+    return statistics.median(cores) if cores else None

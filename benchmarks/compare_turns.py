@@ -8,7 +8,7 @@ import fcntl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +19,7 @@ from benchmarks.compare_points import Figure, Load, Point
 from benchmarks.options import say
 from benchmarks.peers.driver import Room
 from benchmarks.peers.process import PeerError, PeerProcess, Program
+from benchmarks.processes import OthersClock
 from pallasite.models.errors import ConfigError
 
 Measure = Callable[["Contender", int], Mapping[str, float]]
@@ -88,16 +89,40 @@ class Contender:
 
 @dataclass
 class Found:
-    """What came of one engine at one point: the figures of each round, or why there are none."""
+    """What came of one engine at one point.
+
+    Attributes:
+        runs: the figures of each round, by name.
+        reason: why there are none.
+        others_cores: cores that others on the machine had during each round, on average.
+    """
 
     runs: dict[str, list[float]] = field(default_factory=dict)
     reason: str = ""
+    others_cores: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terms:
+    """How engines are measured.
+
+    Attributes:
+        num_rounds: of each point at most.
+        vocab_size: token ids that prompts are made of.
+        seed: of the prompts.
+        lock: a file that is locked while an engine is warmed or measured; None locks none.
+    """
+
+    num_rounds: int
+    vocab_size: int
+    seed: int = 0
+    lock: Path | None = None
 
 
 def take_turns(
     contenders: Sequence[Contender],
     measure: Measure,
-    num_rounds: int,
+    terms: Terms,
     warm: Callable[[Contender], None] = lambda contender: None,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Found]:
@@ -107,17 +132,23 @@ def take_turns(
     """
     found = {contender.name: Found() for contender in contenders}
     for contender in contenders:
-        with _kept(contender, found[contender.name]):
+        with _kept(contender, found[contender.name]), turn(terms.lock):
             warm(contender)
-    for number in range(num_rounds):
-        between()
+    for number in range(terms.num_rounds):
+        with turn(terms.lock):
+            between()
         for contender in contenders:
             one = found[contender.name]
             if one.reason:
                 continue
-            with _kept(contender, one):
-                for name, value in measure(contender, number).items():
-                    one.runs.setdefault(name, []).append(value)
+            with _kept(contender, one), turn(terms.lock), _Others(contenders) as others:
+                values = measure(contender, number)
+            if one.reason:
+                continue
+            for name, value in values.items():
+                one.runs.setdefault(name, []).append(value)
+            if others.cores is not None:
+                one.others_cores.append(others.cores)
     return found
 
 
@@ -135,9 +166,7 @@ def _kept(contender: Contender, found: Found) -> Iterator[None]:
 def measure_load(
     contenders: Sequence[Contender],
     point: Point,
-    num_rounds: int,
-    vocab_size: int,
-    seed: int,
+    terms: Terms,
     between: Callable[[], None] = lambda: None,
 ) -> dict[str, Found]:
     """Returns what was found of each engine at a point.
@@ -146,20 +175,25 @@ def measure_load(
     """
     load = point.load
 
+    def prompts(one: Load, number: int) -> list[list[int]]:
+        return one.prompts(terms.vocab_size, (terms.seed, number))
+
     def warm(contender: Contender) -> None:
+        say(f"{point.name}, warming: {contender.name}")
         contender.process.prepare(load.num_requests, load.request_len)
         length = point.warm_output_len
-        # Where only few tokens are made, one request is enough.
+        # Where only few tokens are made, one short request is enough.
         few = load if length is None else Load(num_requests=1, input_len=64, output_len=length)
-        contender.process.generate(few.prompts(vocab_size, (seed, 0)), few.output_len)
+        contender.process.generate(prompts(few, 0), few.output_len)
 
     def measure(contender: Contender, number: int) -> Mapping[str, float]:
-        prompts = load.prompts(vocab_size, (seed, number + 1))
         say(f"{point.name}, round {number + 1}: {contender.name}")
-        return point.read(load, contender.process.generate(prompts, load.output_len))
+        tokens = contender.process.generate(prompts(load, number + 1), load.output_len)
+        return point.read(load, tokens)
 
-    rounds = num_rounds if point.num_rounds is None else min(num_rounds, point.num_rounds)
-    return take_turns(contenders, measure, rounds, warm, between)
+    if point.num_rounds is not None:
+        terms = replace(terms, num_rounds=min(terms.num_rounds, point.num_rounds))
+    return take_turns(contenders, measure, terms, warm, between)
 
 
 def figures_of(
@@ -207,6 +241,37 @@ def turn(path: Path | None) -> Iterator[None]:
     with path.open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
+
+
+class _Others:
+    """Counts the cores that others on the machine take while the `with` block runs.
+
+    Attributes:
+        cores: on average; None where an engine ended meanwhile.
+    """
+
+    def __init__(self, contenders: Sequence[Contender]) -> None:
+        self.cores: float | None = None
+        self._pids = [one.pid for one in contenders if one.pid is not None]
+        self._clock: OthersClock | None = None
+
+    def __enter__(self) -> Self:
+        with contextlib.suppress(OSError):
+            self._clock = OthersClock(*(one for pid in self._pids for one in family_of(pid)))
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        with contextlib.suppress(OSError):
+            self.cores = None if self._clock is None else self._clock.cores()
+
+
+def family_of(pid: int) -> list[int]:
+    """Returns a process and all below it. Raises OSError where it is gone or this is no Linux."""
+    found = [pid]
+    for one in found:
+        for thread in Path(f"/proc/{one}/task").iterdir():
+            found += map(int, (thread / "children").read_text().split())
+    return found
 
 
 def read_rate(num_threads: int, num_bytes: int = 1 << 30) -> float:

@@ -12,7 +12,6 @@ from benchmarks import compare, compare_page
 from benchmarks.compare_fresh import (
     GOLDENS,
     QUALITY_FIGURES,
-    family_of,
     measure_quality,
     read_texts,
 )
@@ -29,7 +28,9 @@ from benchmarks.compare_run import Comparison
 from benchmarks.compare_turns import (
     Contender,
     Found,
+    Terms,
     against_best,
+    family_of,
     figures_of,
     measure_load,
     read_rate,
@@ -52,6 +53,10 @@ def contender(name, *options, log=None, room=None):
     given = (*options, f"name={name}", *([] if log is None else [f"log={log}"]))
     engine.load(room or room_for([SMALL], "model.gguf", "folder", given))
     return engine
+
+
+def terms(num_rounds, **more):
+    return Terms(num_rounds=num_rounds, vocab_size=100, **more)
 
 
 def small_point(**more):
@@ -106,7 +111,7 @@ def test_there_is_room_for_each_load_but_not_for_all_at_their_longest():
 def test_engines_take_turns_on_the_same_prompts(tmp_path):
     log = tmp_path / "log"
     with contender("a", log=log) as a, contender("b", log=log) as b:
-        found = measure_load([a, b], small_point(), 3, 100, seed=5)
+        found = measure_load([a, b], small_point(), terms(3, seed=5))
     calls = [line.split() for line in log.read_text().splitlines()]
     assert [call[0] for call in calls if call[1] == "prepare"] == ["a", "b"]
     runs = [call for call in calls if call[1] == "generate"]
@@ -117,6 +122,7 @@ def test_engines_take_turns_on_the_same_prompts(tmp_path):
     prompts = {tuple(map(tuple, SMALL.prompts(100, (5, number)))) for number in range(4)}
     assert len(prompts) == 4
     for name in ("a", "b"):
+        assert len(found[name].others_cores) == 3
         assert {figure: len(runs) for figure, runs in found[name].runs.items()} == {
             "decode": 3,
             "end_to_end": 3,
@@ -125,7 +131,7 @@ def test_engines_take_turns_on_the_same_prompts(tmp_path):
 
 def test_a_slow_round_and_a_fast_engine_are_told_apart():
     with contender("slow", "step=0.02") as slow, contender("fast", "step=0.002") as fast:
-        found = measure_load([slow, fast], small_point(), 1, 100, seed=0)
+        found = measure_load([slow, fast], small_point(), terms(1, seed=0))
     (slow_rate,), (fast_rate,) = found["slow"].runs["decode"], found["fast"].runs["decode"]
     # Two requests, a token each a step.
     assert 40 < slow_rate <= 100
@@ -135,14 +141,14 @@ def test_a_slow_round_and_a_fast_engine_are_told_apart():
 def test_a_long_point_has_its_own_rounds_and_a_short_warm_run(tmp_path):
     log = tmp_path / "log"
     with contender("a", log=log) as a:
-        measure_load([a], small_point(num_rounds=1, warm_output_len=2), 5, 100, seed=0)
+        measure_load([a], small_point(num_rounds=1, warm_output_len=2), terms(5, seed=0))
     runs = [line.split()[2:5] for line in log.read_text().splitlines() if " generate " in line]
     assert runs == [["1", "64", "2"], ["2", "4", "3"]]
 
 
 def test_an_engine_that_fails_does_not_stop_the_others(tmp_path):
     with contender("a") as a, contender("b", "dies=generate") as b, contender("c") as c:
-        found = measure_load([a, b, c], small_point(), 2, 100, seed=0)
+        found = measure_load([a, b, c], small_point(), terms(2, seed=0))
     assert "it last said: out of memory" in found["b"].reason
     assert found["b"].runs == {}
     assert len(found["a"].runs["decode"]) == len(found["c"].runs["decode"]) == 2
@@ -150,7 +156,7 @@ def test_an_engine_that_fails_does_not_stop_the_others(tmp_path):
 
 def test_an_engine_that_does_not_load_tells_why_at_each_point():
     with contender("a", "fails=load") as a:
-        found = measure_load([a], small_point(), 2, 100, seed=0)
+        found = measure_load([a], small_point(), terms(2, seed=0))
     assert a.reason == "it cannot be loaded: RuntimeError: no load today"
     assert found["a"].reason == a.reason
 
@@ -199,11 +205,9 @@ def comparison(tmp_path, **more):
     return Comparison(
         ours="ours",
         model=tmp_path / "model.gguf",
-        vocab_size=100,
         options=("step=0.0001",),
         folder=tmp_path,
-        num_rounds=2,
-        **more,
+        terms=terms(2, **more),
     )
 
 
