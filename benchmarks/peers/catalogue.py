@@ -27,8 +27,7 @@ class Peer:
         unwanted: distributions to take out again, which come with others and do not load.
         module: its driver.
         build_environment: variables for pip, for what is built from source.
-        environment: variables for its process; `{site}` stands for its site-packages. One that is
-            None is taken away.
+        environment: variables for its process.
         dequantizer: the peer in whose environment its copy of the model is written, where it reads
             no GGUF file.
     """
@@ -38,7 +37,7 @@ class Peer:
     unwanted: tuple[str, ...] = ()
     module: str
     build_environment: tuple[tuple[str, str], ...] = ()
-    environment: tuple[tuple[str, str | None], ...] = ()
+    environment: tuple[tuple[str, str], ...] = ()
     dequantizer: str = ""
 
     def folder(self, build: Path = BUILD) -> Path:
@@ -47,18 +46,12 @@ class Peer:
 
     def program(self, build: Path = BUILD) -> Program:
         """Returns what runs it."""
-        venv = self.folder(build) / "venv"
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        site = str(venv / "lib" / version / "site-packages")
-        # Ours are found by this path, which must not hide what is installed there.
-        variables: dict[str, str | None] = {"PYTHONPATH": None}
-        for name, value in self.environment:
-            variables[name] = None if value is None else value.replace("{site}", site)
         return Program(
             name=self.name,
-            python=venv / "bin" / "python",
+            python=self.folder(build) / "venv" / "bin" / "python",
             module=self.module,
-            environment=variables,
+            # The path would hide what is installed there behind folders of ours.
+            environment={"PYTHONPATH": None, **dict(self.environment)},
         )
 
     def state(self, build: Path = BUILD) -> dict[str, Any]:
