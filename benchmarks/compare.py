@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import compare_page, report
+from benchmarks.compare_result import Result, joined, read, with_origin
 from benchmarks.compare_run import POINT_NAMES, Comparison
 from benchmarks.compare_turns import Contender, Terms
 from benchmarks.kernel_page import check_page, fill_in
@@ -43,6 +44,7 @@ def main() -> None:
         report.check_plot()
     if args.document is not None:
         check_page(args.document, compare_page.NAMES)
+    earlier = None if args.add_to is None else read(args.add_to)
     model = locate(args.model)
     if model.suffix != ".gguf":
         raise ConfigError(
@@ -60,7 +62,11 @@ def main() -> None:
             lock=args.lock,
         ),
     )
-    result = report.provenance() | {"model_id": args.model} | comparison.run(engines, names)
+    result = with_origin(
+        report.provenance() | {"model_id": args.model} | comparison.run(engines, names)
+    )
+    if earlier is not None:
+        result = joined(earlier, result, POINT_NAMES)
     show(result)
     if args.output is not None:
         report.write_json(args.output, result)
@@ -95,7 +101,7 @@ def contenders(names: Sequence[str] | None, build: Path = BUILD) -> list[Contend
     return found
 
 
-def show(result: compare_page.Result) -> None:
+def show(result: Result) -> None:
     """Prints the figures, and why some are not there."""
     for table in compare_page.tables(result):
         if table.name in ("compare figures", "compare reasons"):
@@ -151,6 +157,12 @@ def _arguments() -> argparse.Namespace:
         type=FILE,
         metavar="FILE",
         help="fill in the tables of a page (default: do not)",
+    )
+    parser.add_argument(
+        "--add-to",
+        type=FILE,
+        metavar="FILE",
+        help="take from this earlier result the points that are not measured now (default: none)",
     )
     parser.add_argument(
         "--lock",

@@ -7,10 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.compare_result import Result
 from benchmarks.kernel_page import Table
 from benchmarks.report import shown
-
-Result = Mapping[str, Any]
 
 NAMES = (
     "compare run",
@@ -168,9 +167,11 @@ def _others(result: Result) -> str:
 
 def _run(result: Result) -> Table:
     machine = result["machine"]
+    runs: dict[tuple[str, str], list[str]] = {}
+    for name, point in result["points"].items():
+        runs.setdefault((point["command"], point["date"]), []).append(name)
     what = (
-        ("command", f"`{result['command']}`"),
-        ("date", result["date"]),
+        *((", ".join(names), f"`{command}`, {date}") for (command, date), names in runs.items()),
         (
             "machine",
             f"{machine['cores']} cores, {machine['architecture']}, {machine['vectors']},"
@@ -180,4 +181,4 @@ def _run(result: Result) -> Table:
         ("threads of each engine", str(result["threads"])),
         ("cores that others had meanwhile, by point", _others(result)),
     )
-    return Table(name="compare run", title="the run", headers=("", ""), rows=what)
+    return Table(name="compare run", title="the run", headers=("what", "how"), rows=what)

@@ -24,6 +24,7 @@ from benchmarks.compare_points import (
     end_to_end_rate,
     room_for,
 )
+from benchmarks.compare_result import joined, read, with_origin
 from benchmarks.compare_run import Comparison
 from benchmarks.compare_turns import (
     Contender,
@@ -240,7 +241,7 @@ def result(tmp_path_factory):
         },
         "model_id": "model",
     }
-    return json.loads(json.dumps(run | found, allow_nan=False))
+    return with_origin(json.loads(json.dumps(run | found, allow_nan=False)))
 
 
 def test_a_whole_comparison_has_every_figure_of_every_engine(result):
@@ -287,6 +288,39 @@ def test_tables_show_what_is_missing_and_why(result, tmp_path):
     text = page.read_text()
     assert "no matching distribution" in text
     assert "| 1 request, 128 in, 128 out: decode | tokens/s | more |" in text
+
+
+def test_points_are_added_to_an_earlier_result(result, tmp_path):
+    path = tmp_path / "earlier.json"
+    path.write_text(json.dumps(result))
+    later = with_origin(
+        result
+        | {
+            "command": "python -m benchmarks.compare --points start",
+            "points": {"start": {"title": "again", "figures": {}}},
+        }
+    )
+    del later["bandwidth"]
+    both = joined(read(path), later, compare.POINT_NAMES)
+    assert list(both["points"]) == ["decode-1", "first-token", "start", "quality"]
+    assert both["points"]["start"]["title"] == "again"
+    assert both["points"]["start"]["command"].endswith("start")
+    assert both["points"]["decode-1"]["command"] == "python -m benchmarks.compare"
+    assert both["bandwidth"] == result["bandwidth"]
+    commands = [row[1] for row in compare_page.tables(both)[0].rows[:2]]
+    assert commands == [
+        "`python -m benchmarks.compare`, today",
+        "`python -m benchmarks.compare --points start`, today",
+    ]
+    with pytest.raises(ConfigError, match="another model_id"):
+        joined(read(path), later | {"model_id": "other"}, compare.POINT_NAMES)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"points": {}}'])
+def test_what_is_no_result_is_not_added_to(tmp_path, text):
+    (tmp_path / "odd.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"'odd.json', which is no result"):
+        read(tmp_path / "odd.json")
 
 
 def test_the_picture_is_drawn(result, tmp_path):
