@@ -59,8 +59,9 @@ QUALITY_FIGURES = (
         title="mean difference of log p",
         unit="nats",
         is_more_better=False,
-        definition="mean |log-probability of each token but the first of 12 texts, given those"
-        " before it - the same by an f32 forward pass of the dequantized weights|",
+        definition="mean absolute difference of the log-probability of each token but the first of"
+        " 12 texts, given those before it, from that by an f32 forward pass of the dequantized"
+        " weights",
     ),
     Figure(
         name="top",
@@ -71,10 +72,11 @@ QUALITY_FIGURES = (
     ),
     Figure(
         name="perplexity",
-        title="perplexity / f32's",
-        unit="",
+        title="perplexity's distance from f32's",
+        unit="%",
         is_more_better=False,
-        definition="exp(mean difference of the texts' negative log-probabilities, with its sign)",
+        definition="how far the perplexity of all these places together is above or below that of"
+        " the f32 pass",
     ),
 )
 
@@ -140,5 +142,5 @@ def measure_quality(contender: Contender, texts: Sequence[Text]) -> Mapping[str,
     return {
         "difference": float(np.abs(logprobs - expected).mean()),
         "top": 100 * float((top == np.concatenate([text.top for text in texts])).mean()),
-        "perplexity": float(np.exp((expected - logprobs).mean())),
+        "perplexity": 100 * abs(float(np.exp((expected - logprobs).mean())) - 1),
     }

@@ -3,6 +3,7 @@
 It reads nothing but the result as it stands in JSON.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +59,7 @@ def draw(path: Path, result: Result) -> None:
     names = list(result["engines"])
     num_columns = 2
     num_lines = -(-len(panels) // num_columns)
-    drawing = Figure(figsize=(9, 0.5 + 0.22 * num_lines * (len(names) + 3)), layout="constrained")
+    drawing = Figure(figsize=(10, 0.5 + 0.22 * num_lines * (len(names) + 3)), layout="constrained")
     axes = drawing.subplots(max(1, num_lines), num_columns, squeeze=False).ravel()
     for axis, figure in zip(axes, panels, strict=False):
         medians = _medians(figure)
@@ -69,7 +70,7 @@ def draw(path: Path, result: Result) -> None:
         axis.set_yticks(range(len(engines)), engines)
         axis.bar_label(drawn, [shown(value) for value in values], fontsize=7, padding=2)
         unit = f", {figure['unit']}" if figure["unit"] else ""
-        axis.set_title(f"{figure['title']}{unit} ({figure['better']} is better)", fontsize=9)
+        axis.set_title(f"{figure['title']}{unit} ({figure['better']} is better)", fontsize=8)
         axis.tick_params(labelsize=7)
         axis.margins(x=0.15)
         axis.invert_yaxis()
@@ -161,8 +162,14 @@ def _plain(setting: Any) -> str:
 
 def _others(result: Result) -> str:
     points = result["points"].items()
-    cores = [f"{name} {shown(x)}" for name, p in points if (x := p.get("others_cores")) is not None]
+    cores = [f"{name} {x:.2f}" for name, p in points if (x := p.get("others_cores")) is not None]
     return ", ".join(cores) or "not counted"
+
+
+def _without_folders(command: str) -> str:
+    """A command with the names of its files alone."""
+    words = shlex.split(command)
+    return shlex.join(Path(word).name if Path(word).is_absolute() else word for word in words)
 
 
 def _run(result: Result) -> Table:
@@ -171,7 +178,10 @@ def _run(result: Result) -> Table:
     for name, point in result["points"].items():
         runs.setdefault((point["command"], point["date"]), []).append(name)
     what = (
-        *((", ".join(names), f"`{command}`, {date}") for (command, date), names in runs.items()),
+        *(
+            (", ".join(names), f"`{_without_folders(command)}`, {date}")
+            for (command, date), names in runs.items()
+        ),
         (
             "machine",
             f"{machine['cores']} cores, {machine['architecture']}, {machine['vectors']},"

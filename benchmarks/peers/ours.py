@@ -22,8 +22,9 @@ class Pallasite:
 
     def __init__(self, room: Room) -> None:
         args = benchmark_parser("").parse_args([room.model, *room.options])
+        chosen = engine_config(args)
         config = replace(
-            engine_config(args),
+            chosen,
             max_requests=max(2, room.max_requests),
             max_context_len=room.max_len,
             cache_tokens=max(room.num_tokens, room.max_len),
@@ -31,7 +32,7 @@ class Pallasite:
         self._engine = Engine.load(room.model, config)
         deployment = plan_deployment(open_checkpoint(locate(room.model)).config, config)
         self.settings = {
-            "flags": " ".join(shown_flags(config, ENGINE_FLAGS)) or "none",
+            "flags": " ".join(shown_flags(chosen, ENGINE_FLAGS)) or "none",
             "weights": config.weights,
             "max_batch_tokens": config.max_batch_tokens,
             "prefix cache": "none",

@@ -198,7 +198,8 @@ def test_quality_is_measured_against_the_f32_pass():
     own = np.concatenate([np.array(text.token_ids[1:]) == text.top for text in texts])
     assert figures["difference"] == pytest.approx(np.abs(-1.5 - expected).mean())
     assert figures["top"] == pytest.approx(100 * own.mean())
-    assert figures["perplexity"] == pytest.approx(np.exp(1.5) / np.exp(-expected.mean()))
+    ratio = np.exp(1.5) / np.exp(-expected.mean())
+    assert figures["perplexity"] == pytest.approx(100 * abs(ratio - 1))
     assert GOLDENS.exists()
 
 
@@ -296,7 +297,7 @@ def test_points_are_added_to_an_earlier_result(result, tmp_path):
     later = with_origin(
         result
         | {
-            "command": "python -m benchmarks.compare --points start",
+            "command": "python -m benchmarks.compare --points start --lock /home/me/lock",
             "points": {"start": {"title": "again", "figures": {}}},
         }
     )
@@ -304,13 +305,13 @@ def test_points_are_added_to_an_earlier_result(result, tmp_path):
     both = joined(read(path), later, compare.POINT_NAMES)
     assert list(both["points"]) == ["decode-1", "first-token", "start", "quality"]
     assert both["points"]["start"]["title"] == "again"
-    assert both["points"]["start"]["command"].endswith("start")
+    assert both["points"]["start"]["command"].endswith("lock")
     assert both["points"]["decode-1"]["command"] == "python -m benchmarks.compare"
     assert both["bandwidth"] == result["bandwidth"]
     commands = [row[1] for row in compare_page.tables(both)[0].rows[:2]]
     assert commands == [
         "`python -m benchmarks.compare`, today",
-        "`python -m benchmarks.compare --points start`, today",
+        "`python -m benchmarks.compare --points start --lock lock`, today",
     ]
     with pytest.raises(ConfigError, match="another model_id"):
         joined(read(path), later | {"model_id": "other"}, compare.POINT_NAMES)
