@@ -43,7 +43,8 @@ def reasons(result: Result) -> list[tuple[str, str, str]]:
     """Returns (engine, points, reason) of every place without a figure."""
     points: dict[tuple[str, str], list[str]] = {}
     for point, _, figure in _each_figure(result):
-        for engine, one in figure["engines"].items():
+        for engine in result["engines"]:
+            one = figure["engines"].get(engine, {"reason": "not asked in that point's run"})
             if "reason" in one:
                 named = points.setdefault((engine, one["reason"]), [])
                 if point not in named:

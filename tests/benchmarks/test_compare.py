@@ -308,6 +308,9 @@ def test_points_are_added_to_an_earlier_result(result, tmp_path):
     assert both["points"]["start"]["command"].endswith("lock")
     assert both["points"]["decode-1"]["command"] == "python -m benchmarks.compare"
     assert both["bandwidth"] == result["bandwidth"]
+    figures = both["points"]["first-token"]["figures"]["first_token"]["engines"]
+    both["points"]["first-token"]["figures"]["first_token"]["engines"] = {"ours": figures["ours"]}
+    assert ("other", "first-token", "not asked in that point's run") in compare_page.reasons(both)
     commands = [row[1] for row in compare_page.tables(both)[0].rows[:2]]
     assert commands == [
         "`python -m benchmarks.compare`, today",
