@@ -79,16 +79,23 @@ class BatchBuilder:
         views["num_requests"][...] = count
         views["num_decode"][...] = part.num_decode
         views["bans"].fill(-1)
+        verifies = len(views["bans"]) > len(views["slot"])
         for index, row in enumerate(part.rows):
-            may_ban = row.samples and _may_ban(row.sequence.request.params)
-            if may_ban and (pairs := bans(row, eos_token_ids)):
-                views["bans"][index, : len(pairs)] = pairs
+            if not row.samples or not _may_ban(row.sequence.request.params):
+                continue
+            place = views["query_starts"][index] if verifies else index
+            for num_drafts in range(len(row.draft) + 1):
+                if pairs := bans(row, eos_token_ids, num_drafts):
+                    views["bans"][place + num_drafts, : len(pairs)] = pairs
 
     def _fill_tokens(self, views: dict[str, np.ndarray], row: Row, start: int) -> None:
         end = start + row.num_tokens
         stop = row.start + row.num_tokens
+        certain_end = end - len(row.draft)
         if not row.takes_previous:
-            views["token_ids"][start:end] = row.sequence.token_ids[row.start : stop]
+            known = row.sequence.token_ids[row.start : stop - len(row.draft)]
+            views["token_ids"][start:certain_end] = known
+        views["token_ids"][certain_end:end] = row.draft
         views["positions"][start:end] = np.arange(row.start, stop, dtype=np.int32)
         if row.sequence.needs_scores:
             prompt = row.sequence.request.prompt_ids[row.start + 1 : stop + 1]
@@ -100,28 +107,34 @@ class BatchBuilder:
         known = self._num_pages[place]
         if known < len(pages):
             self._page_table[place][known : len(pages)] = pages[known:]
-            self._num_pages[place] = len(pages)
+            # A draft's pages may go back, one a token at most, and others come in their place.
+            self._num_pages[place] = max(0, len(pages) - len(row.draft))
 
 
-def bans(row: Row, eos_token_ids: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Returns the pairs (if_token, banned) of the token that is sampled after a row's last.
+def bans(row: Row, eos_token_ids: tuple[int, ...], num_drafts: int = 0) -> list[tuple[int, int]]:
+    """Returns the pairs (if_token, banned) of what is sampled after num_drafts drafted tokens.
 
     Where the token fed is the slot's own last sample, the host may not know it yet: the pair then
     leaves the comparison with it to the device.
     """
     params = row.sequence.request.params
-    end = row.start + row.num_tokens
+    certain_end = row.start + row.num_tokens - len(row.draft)
+    end = certain_end + num_drafts
+    is_open = row.takes_previous and not num_drafts
     pairs = []
     if end - row.sequence.num_prompt < params.min_tokens:
         pairs += [(-1, token_id) for token_id in {*eos_token_ids, *params.stop_token_ids}]
     longest = max((len(word) for word in params.bad_words), default=0)
-    known_end = row.start if row.takes_previous else end
-    known = tuple(row.sequence.token_ids[max(0, known_end - longest) : known_end])
+    known_end = row.start if is_open else certain_end
+    known = (
+        *row.sequence.token_ids[max(0, known_end - longest) : known_end],
+        *row.draft[:num_drafts],
+    )
     for word in params.bad_words:
         prefix, last = word[:-1], word[-1]
         if not prefix:
             pairs.append((-1, last))
-        elif row.takes_previous:
+        elif is_open:
             if _ends_with(known, prefix[:-1]):
                 pairs.append((prefix[-1], last))
         elif _ends_with(known, prefix):

@@ -24,11 +24,16 @@ Grant = Callable[[Sequence, float], KvHandle]
 
 
 class Committer:
-    """Applies a step's results to the sequences that it ran, and collects their events."""
+    """Applies a step's results to the sequences that it ran, and collects their events.
+
+    Attributes:
+        accepted_tokens: drafted tokens that were right and became part of a completion.
+    """
 
     def __init__(
         self, scheduler: Dispatcher, eos_token_ids: tuple[int, ...], max_unread_tokens: int
     ) -> None:
+        self.accepted_tokens = 0
         self._scheduler = scheduler
         self._eos_token_ids = frozenset(eos_token_ids)
         self._max_unread_tokens = max_unread_tokens
@@ -40,19 +45,23 @@ class Committer:
         """Takes in the words that `engine/step.py` packed. Returns the tokens that were kept.
 
         Args:
-            results: [shards, B, words], B rows of which a part has the first ones.
+            results: [shards, B, words], B rows of which a part has the first ones; of a step with
+                drafts [shards, T, words], of each token.
             scores: [shards, T, words], of each token; None where no prompt is scored.
         """
         now = time.monotonic()
+        has_drafts = plan.has_drafts
         num_kept = 0
         for shard, part in enumerate(plan.parts):
             start = 0
-            for row, words in zip(part.rows, results[shard], strict=False):
+            for index, row in enumerate(part.rows):
                 if row.sequence.state is not State.FINISHED:
                     if row.sequence.needs_scores and scores is not None:
                         self._take_scores(row, scores[shard, start : start + row.num_tokens])
                     if row.samples:
-                        num_kept += self._take_sample(row.sequence, words, now, grant)
+                        place = start if has_drafts else index
+                        words = results[shard, place : place + 1 + len(row.draft)]
+                        num_kept += self._take_samples(row, words, now, grant)
                 start += row.num_tokens
         return num_kept
 
@@ -70,6 +79,23 @@ class Committer:
         """Ends a sequence with an error."""
         finish = sequence.finish(FinishReason.ERROR, time.monotonic(), error=error)
         self.end(sequence, finish)
+
+    def _take_samples(self, row: Row, words: np.ndarray, now: float, grant: Grant) -> int:
+        """Takes a row's samples up to the first that its draft did not foresee."""
+        sequence, num_accepted = row.sequence, 0
+        if row.draft:
+            num_accepted = _num_equal(words[:, 0].tolist(), row.draft)
+            self._scheduler.settle(sequence, num_accepted)
+            sequence.draft_tokens += len(row.draft)
+        num_kept = 0
+        for place, one in enumerate(words[: num_accepted + 1]):
+            if place and sequence.state is not State.RUNNING:
+                break  # the drafted token before it was the last one
+            is_drafted = place < num_accepted
+            sequence.accepted_tokens += is_drafted
+            self.accepted_tokens += is_drafted
+            num_kept += self._take_sample(sequence, one, now, grant)
+        return num_kept
 
     def _take_sample(self, sequence: Sequence, words: np.ndarray, now: float, grant: Grant) -> int:
         token_id, status = int(words[0]), int(words[1])
@@ -139,6 +165,12 @@ class Committer:
         stream = sequence.group.stream
         stream.put(event, handle)
         self._touched[stream] = sequence.group
+
+
+def _num_equal(sampled: list[int], draft: tuple[int, ...]) -> int:
+    """Returns how many tokens of a draft come before the first that was not sampled."""
+    pairs = enumerate(zip(sampled, draft, strict=False))
+    return next((place for place, (ours, drafted) in pairs if ours != drafted), len(draft))
 
 
 def _logprobs(words: np.ndarray, num_top: int) -> TokenLogprobs:

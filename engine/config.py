@@ -10,6 +10,8 @@ from pallasite.models.kv_cache import CacheForm
 from pallasite.models.sharding import MeshShape
 
 DEFAULT_ADAPTER_RANK = 16
+DEFAULT_SPECULATE_TOKENS = 7
+MAX_SPECULATE_TOKENS = 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,10 @@ class EngineConfig:
         max_adapters: adapters that may be loaded at once; 0 makes no room for any.
         max_adapter_rank: the highest rank of one, for a config with room for any; None takes
             DEFAULT_ADAPTER_RANK.
+        speculate: how tokens are drafted, to be verified several a step: "ngram" looks them up
+            among the sequence's own. None drafts none.
+        speculate_tokens: tokens drafted for a sequence in a step at most, for a config that drafts;
+            None takes DEFAULT_SPECULATE_TOKENS.
         max_waiting: requests that wait at most; one more is refused with RESOURCE_EXHAUSTED.
         max_unread_tokens: tokens that a stream's reader may lag before the request is ended.
         max_leases: KV handles held at once at most.
@@ -68,6 +74,8 @@ class EngineConfig:
     cache_tokens: int | None = None
     max_adapters: int = 0
     max_adapter_rank: int | None = None
+    speculate: Literal["ngram"] | None = None
+    speculate_tokens: int | None = None
     max_waiting: int = 1024
     max_unread_tokens: int = 65536
     max_leases: int = 1024
@@ -92,6 +100,7 @@ class EngineConfig:
                 f"got max_adapter_rank={self.max_adapter_rank} and no max_adapters; a rank is"
                 " allowed where there is room for adapters; set max_adapters, or leave it out"
             )
+        self._check_speculation()
         if self.num_pages is not None and self.cache_tokens is not None:
             raise ConfigError(
                 "got both num_pages and cache_tokens; they say the same thing; leave one out"
@@ -112,6 +121,32 @@ class EngineConfig:
                 )
         if not self.max_lease_s > 0:
             raise ConfigError(f"got max_lease_s={self.max_lease_s}; it must be > 0; raise it")
+
+    def _check_speculation(self) -> None:
+        if self.speculate not in (None, "ngram"):
+            raise ConfigError(
+                f"got speculate={self.speculate!r}; allowed is ngram, or None for no speculation;"
+                " choose one"
+            )
+        count = self.speculate_tokens
+        if count is None:
+            return
+        if self.speculate is None:
+            raise ConfigError(
+                f"got speculate_tokens={count} and no speculation; it is allowed where tokens are"
+                " drafted; set speculate, or leave it out"
+            )
+        if not 1 <= count <= MAX_SPECULATE_TOKENS:
+            raise ConfigError(
+                f"got speculate_tokens={count}; allowed is 1 to {MAX_SPECULATE_TOKENS}; change it"
+            )
+
+    @property
+    def num_drafts(self) -> int:
+        """Tokens that are drafted for a sequence in a step at most; 0 without speculation."""
+        if self.speculate is None:
+            return 0
+        return self.speculate_tokens or DEFAULT_SPECULATE_TOKENS
 
     @property
     def cache_form(self) -> CacheForm:

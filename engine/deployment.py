@@ -59,7 +59,10 @@ class Deployment:
         )
         target = self.cache_spec.target
         buckets = bucket_ladder(
-            config.requests_per_shard, config.batch_tokens_per_shard, target.pads_rows_to
+            config.requests_per_shard,
+            config.batch_tokens_per_shard,
+            target.pads_rows_to,
+            config.num_drafts,
         )
         pages_per_request = -(-self.max_context_len // target.page_size)
         num_bans = max_bans(config.limits, len(model.eos_token_ids))

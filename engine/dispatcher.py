@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 
 from pallasite.engine.page_pool import PagePool
-from pallasite.engine.plan import Plan, make_plan
+from pallasite.engine.plan import Plan, Row, make_plan
 from pallasite.engine.scheduler import Forecast, Scheduler
 from pallasite.engine.sequence import Group, Sequence, State
 
@@ -92,6 +92,14 @@ class Dispatcher:
     def hold(self, sequence: Sequence) -> None:
         """Parks a sequence: its slot comes back, its pages stay."""
         self._shards[sequence.shard].hold(sequence)
+
+    def with_draft(self, row: Row, draft: tuple[int, ...]) -> Row:
+        """Returns a planned row that verifies a draft, too, as far as there are free pages."""
+        return self._shards[row.sequence.shard].with_draft(row, draft)
+
+    def settle(self, sequence: Sequence, num_accepted: int) -> None:
+        """Takes in how many tokens of a draft were right; none of them is in flight any more."""
+        self._shards[sequence.shard].settle(sequence, num_accepted)
 
     def forget_pages(self) -> None:
         """Gives back what waiting sequences hold, since the cache was lost."""

@@ -1,7 +1,7 @@
 """The engine: requests in from any thread, one loop that steps the device, events out.
 
 The loop plans a step from counts, launches it, and only then reads what the step before sampled,
-so that the device never waits for the host.
+so that the device never waits for the host. Only where drafts may pay does it read first.
 """
 
 import atexit
@@ -30,6 +30,8 @@ from pallasite.engine.offline import collect
 from pallasite.engine.request import Completion, FinishReason, KvHandle, Request
 from pallasite.engine.runtime import Runtime, load_runtime
 from pallasite.engine.sequence import Group, Sequence, State
+from pallasite.engine.speculation import Speculator
+from pallasite.engine.step_times import step_seconds
 from pallasite.engine.stepper import Launched, Stepper
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, check_request_id, validate
@@ -66,6 +68,8 @@ class Engine:
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
         self._stepper = Stepper(runtime, config, self._committer, self.metrics)
+        seconds = step_seconds(runtime) if config.speculate else {}
+        self._speculator = Speculator(self._scheduler, config.num_drafts, seconds)
         self._leases = LeaseTable(config.max_leases, config.max_lease_s)
         self._adapters = AdapterTable(config.max_adapters)
         self.epoch = self._leases.epoch
@@ -282,16 +286,31 @@ class Engine:
         for sequence in self._scheduler.expired(now):
             self._committer.fail(sequence, late_error())
         self._collect_leases(now)
+        is_first = self._previous is None
+        if self._needs_tokens():
+            self._commit_previous()
         plan = self._scheduler.schedule(now)
+        if plan is not None and self._previous is None:
+            plan = self._speculator.with_drafts(plan)
         launched = None if plan is None else self._stepper.launch(plan)
-        previous, self._previous = self._previous, launched
-        if previous is not None:
-            self._stepper.commit(previous, self._leases.grant)
+        self._commit_previous()
+        self._previous = launched
         self._deliver()
         self.metrics.num_preemptions = self._scheduler.num_preemptions
         self.metrics.last_step_monotonic_s = time.monotonic()
-        if launched is None and previous is None:
+        if launched is None and is_first:
             self._intake.wait(IDLE_S)
+
+    def _needs_tokens(self) -> bool:
+        """Whether the next step cannot be planned by counts: drafts are made of tokens."""
+        if self._previous is None:
+            return False
+        return self._previous.plan.has_drafts or self._speculator.awaits_tokens()
+
+    def _commit_previous(self) -> None:
+        previous, self._previous = self._previous, None
+        if previous is not None:
+            self._stepper.commit(previous, self._leases.grant)
 
     def _take_in(self, sequence: Sequence) -> None:
         if sequence.num_sampled:  # a lease held it

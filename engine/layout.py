@@ -19,17 +19,28 @@ from pallasite.pallas_kernels.paged_attention import Ragged
 
 @dataclass(frozen=True, kw_only=True, order=True)
 class Bucket:
-    """The static shape of a step: T tokens for B rows. Where they are equal, all rows decode."""
+    """The static shape of a step: T tokens for B rows. Where they are equal, all rows decode.
+
+    Attributes:
+        num_drafts: K, the drafted tokens of a row at most, in a step that verifies some: it samples
+            after every token. 0 in other steps, which sample after each row's last token.
+    """
 
     num_tokens: int
     num_rows: int
+    num_drafts: int = 0
 
     @property
     def has_prefill(self) -> bool:
-        return self.num_tokens > self.num_rows
+        return self.num_tokens > self.num_rows and not self.num_drafts
+
+    @property
+    def num_sampled(self) -> int:
+        """Places that the step samples at, in use or not."""
+        return self.num_tokens if self.num_drafts else self.num_rows
 
     def __str__(self) -> str:
-        kind = "mixed" if self.has_prefill else "decode"
+        kind = "verify" if self.num_drafts else "mixed" if self.has_prefill else "decode"
         return f"{kind} of {self.num_tokens} tokens"
 
 
@@ -40,9 +51,11 @@ class StepInputs:
 
     Attributes:
         adapter_slots: each row's adapter, -1 for none.
-        takes_previous: rows whose only token is their slot's last sample; its id here is 0.
+        takes_previous: rows whose first token is their slot's last sample; its id here is 0. They
+            have no other but drafted ones.
         samples: rows that sample a token.
-        rows: how; last_token is not known before the previous samples are taken.
+        rows: how; last_token is not known before the previous samples are taken. Where drafts are
+            verified, bans are [T, W, 2], each token's own.
         targets: in mixed steps, the prompt token that follows each token.
         wants_scores: whether any row's prompt is scored.
     """
@@ -126,6 +139,7 @@ class Layout:
             slot=fields["slot"],
             bans=fields["bans"],
             last_token=jnp.zeros_like(fields["slot"]),
+            drafts=jnp.zeros((self.bucket.num_rows, 0), jnp.int32),
         )
         return StepInputs(
             token_ids=fields["token_ids"],
@@ -151,7 +165,7 @@ class Layout:
         yield "slot", (B,), np.int32
         yield "adapter_slot", (B,), np.int32
         yield "output_index", (B,), np.int32
-        yield "bans", (B, self.num_bans, 2), np.int32
+        yield "bans", (self.bucket.num_sampled, self.num_bans, 2), np.int32
         for name, dtype in SAMPLING_FIELDS.items():
             yield name, (B,), dtype
         for name in ("num_requests", "num_decode", "wants_scores"):

@@ -13,6 +13,9 @@ class EngineMetrics:
     Attributes:
         last_step_monotonic_s: when the loop last came round, busy or idle.
         padded_tokens: tokens that steps computed for nothing, to fill their buckets.
+        num_drafts: drafts that were verified, of one sequence in one step each.
+        draft_tokens: their tokens.
+        accepted_tokens: those of them that were right.
     """
 
     programs: Programs
@@ -20,10 +23,18 @@ class EngineMetrics:
     prompt_tokens: int = 0
     padded_tokens: int = 0
     generation_tokens: int = 0
+    num_drafts: int = 0
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     num_requests: int = 0
     num_preemptions: int = 0
     last_step_monotonic_s: float = field(default_factory=time.monotonic)
     is_alive: bool = True
+
+    @property
+    def acceptance(self) -> float:
+        """The share of drafted tokens that were right; 0 without any."""
+        return self.accepted_tokens / max(1, self.draft_tokens)
 
     @property
     def compilations(self) -> int:

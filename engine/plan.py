@@ -11,10 +11,11 @@ class Row:
 
     Attributes:
         start: the position of the first token that is computed.
-        num_tokens: how many are.
-        samples: whether a token is sampled after the last.
-        takes_previous: whether the token fed is the slot's last sample, which the host may not have
-            seen yet.
+        num_tokens: how many are, drafted ones included.
+        samples: whether a token is sampled after the last; after each where there is a draft.
+        takes_previous: whether the first token is the slot's last sample, which the host may not
+            have seen yet.
+        draft: the tokens that are fed after the first one, to be verified.
     """
 
     sequence: Sequence
@@ -23,6 +24,7 @@ class Row:
     num_tokens: int
     samples: bool
     takes_previous: bool
+    draft: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +73,13 @@ class Plan:
 
     @property
     def has_prefill(self) -> bool:
-        """Whether any part has a row of more than one token."""
-        return any(part.num_decode < len(part.rows) for part in self.parts)
+        """Whether any part has a row of more than one token, drafted ones aside."""
+        return any(row.num_tokens > 1 + len(row.draft) for row in self.rows)
+
+    @property
+    def has_drafts(self) -> bool:
+        """Whether any row has drafted tokens."""
+        return any(row.draft for row in self.rows)
 
 
 def make_part(rows: list[Row], admitted: list[Sequence]) -> Part:

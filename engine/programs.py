@@ -257,11 +257,15 @@ def use_compile_cache(folder: Path) -> None:
     compilation_cache.reset_cache()
 
 
-def bucket_ladder(max_rows: int, max_tokens: int, least_rows: int) -> list[Bucket]:
-    """Returns the buckets to compile: decode steps by rows, mixed steps by tokens.
+def bucket_ladder(
+    max_rows: int, max_tokens: int, least_rows: int, num_drafts: int = 0
+) -> list[Bucket]:
+    """Returns the buckets to compile: decode steps by rows, mixed and verify steps by tokens.
 
     Rows double from `least_rows` up to max_rows; tokens of mixed steps, whose rows are always
     max_rows, quadruple down from max_tokens, since padding a prefill costs less than a program.
+    Tokens of verify steps, where there are num_drafts a row, double as rows do, to as many as all
+    rows have.
     """
     rows = []
     size = least_rows
@@ -275,6 +279,16 @@ def bucket_ladder(max_rows: int, max_tokens: int, least_rows: int) -> list[Bucke
         tokens = -(-tokens // 4)
         if tokens < 64:
             break
+    if num_drafts:
+        most, size = min(max_rows * (1 + num_drafts), max_tokens), 2 * least_rows
+        tokens_of_verify = []
+        while size < most:
+            tokens_of_verify.append(size)
+            size *= 2
+        for count in (*tokens_of_verify, most):
+            # One of the tokens is a drafted one.
+            num_rows = min(count - 1, max_rows)
+            buckets.append(Bucket(num_tokens=count, num_rows=num_rows, num_drafts=num_drafts))
     return sorted(buckets)
 
 

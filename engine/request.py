@@ -105,11 +105,16 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """Token counts. `cached_tokens` of the prompt were not computed for this completion."""
+    """Token counts. `cached_tokens` of the prompt were not computed for this completion.
+
+    Speculation drafted `draft_tokens` for it, `accepted_tokens` of which were right.
+    """
 
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -102,9 +102,11 @@ class Runtime:
         num_rows, num_tokens = plan.most_rows, plan.most_tokens
         for bucket in self.programs.buckets:
             fits = num_tokens <= bucket.num_tokens and num_rows <= bucket.num_rows
-            if fits and bucket.has_prefill == plan.has_prefill:
+            is_alike = bucket.has_prefill == plan.has_prefill
+            if fits and is_alike and (bucket.num_drafts > 0) == plan.has_drafts:
                 return bucket
-        wanted = Bucket(num_tokens=num_tokens, num_rows=num_rows)
+        most_drafts = max(len(row.draft) for row in plan.rows)
+        wanted = Bucket(num_tokens=num_tokens, num_rows=num_rows, num_drafts=most_drafts)
         self.programs.step(wanted)
         return wanted
 
@@ -234,9 +236,10 @@ def _room_for(plan: MemoryPlan) -> Iterator[None]:
 def _fill_with_cache(deployment: Deployment, limit: int | None, progress: Progress) -> Deployment:
     """Gives the cache all that the weights and the largest program leave of the device."""
     probe = deployment.with_pages(deployment.config.mesh.data).program_spec()
-    largest = max(probe.layouts)
-    progress("compiling the largest program, to see how much memory is left for the cache")
-    programs = Programs(replace(probe, layouts={largest: probe.layouts[largest]}))
+    # Those that sample after every token need their memory for logits, the others for tokens.
+    largest = {bucket.num_drafts: bucket for bucket in sorted(probe.layouts)}.values()
+    progress("compiling the largest programs, to see how much memory is left for the cache")
+    programs = Programs(replace(probe, layouts={b: probe.layouts[b] for b in largest}))
     try:
         programs.compile(progress)
         plan = deployment.memory_plan(programs.temporary_bytes(), cache_limit(limit))

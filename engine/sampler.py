@@ -47,6 +47,8 @@ class SamplingRows:
         bans: i32[B, W, 2], pairs (if_token, banned): `banned` may not be sampled where if_token is
             -1 or equals last_token; banned is -1 in an unused pair.
         last_token: i32[B], the token fed last.
+        drafts: i32[B, K], tokens that stand in the completion before the one to be sampled and that
+            the slot's counts lack, -1 for none.
     """
 
     temperature: Any
@@ -63,6 +65,7 @@ class SamplingRows:
     num_logprobs: Any
     bans: Any
     last_token: Any
+    drafts: Any
 
 
 @jax.tree_util.register_dataclass
@@ -237,6 +240,10 @@ def _ban(x: Array, rows: SamplingRows) -> Array:
 
 def _penalize(x: Array, rows: SamplingRows, state: SamplerState) -> Array:
     counts = _slot_rows(state.counts, rows)
+    if rows.drafts.shape[1]:
+        row_index = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
+        drafts = jnp.where(rows.drafts >= 0, rows.drafts, x.shape[1])
+        counts = counts.at[row_index, drafts].add(1, mode="drop")
     repetition = rows.repetition_penalty[:, None]
     repeats = (counts > 0) | _slot_rows(state.is_seen, rows)
     x = jnp.where(repeats, jnp.where(x > 0.0, x / repetition, x * repetition), x)

@@ -8,7 +8,7 @@ computed, and that token is dropped.
 
 from bisect import insort
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 
 from pallasite.engine.page_pool import PagePool
@@ -173,6 +173,23 @@ class Scheduler:
             rows.append(self._row(sequence, count))
         admitted = self._admit(rows, budget, now)
         return make_part(rows, admitted)
+
+    def with_draft(self, row: Row, draft: tuple[int, ...]) -> Row:
+        """Returns a row that verifies a draft, too, as far as there are free pages for it."""
+        sequence = row.sequence
+        if not self._extend_if_free(sequence, len(draft)):
+            room = len(sequence.pages) * self._page_size - sequence.num_computed
+            draft = draft[:room]
+        return replace(row, num_tokens=row.num_tokens + len(draft), draft=draft)
+
+    def settle(self, sequence: Sequence, num_accepted: int) -> None:
+        """Takes in how many tokens of a row's draft were right; pages of the others come back."""
+        sequence.num_computed += num_accepted
+        sequence.num_sampled += num_accepted
+        self.num_tokens += num_accepted
+        num_kept = -(-sequence.num_tokens // self._page_size)
+        self.pool.release(sequence.pages[num_kept:])
+        del sequence.pages[num_kept:]
 
     def _row(self, sequence: Sequence, count: int) -> Row:
         start = sequence.num_computed

@@ -5,6 +5,7 @@ import secrets
 import time
 from dataclasses import dataclass, field
 
+from pallasite.engine.drafter import Drafter
 from pallasite.engine.errors import RequestError
 from pallasite.engine.request import (
     Finish,
@@ -61,6 +62,9 @@ class Sequence:
         adapter_slot: its adapter's place on the device, -1 for none.
         pages: of its shard's part of the cache.
         lease_s: where not None, it pauses after its first token, its pages leased for so long.
+        drafter: what drafts its tokens, once it was asked for any.
+        draft_tokens: tokens that were drafted for it and verified.
+        accepted_tokens: those of them that were right.
     """
 
     group: Group
@@ -79,6 +83,9 @@ class Sequence:
     num_admitted: int = 0
     num_cached: int = 0
     num_preemptions: int = 0
+    drafter: Drafter | None = None
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
     has_reported: bool = False
     scheduled_s: float | None = None
     first_token_s: float | None = None
@@ -111,10 +118,14 @@ class Sequence:
         return (self.group.request.priority, self.group.arrival, self.index)
 
     @property
-    def is_saturated(self) -> bool:
-        """Whether all tokens that it may sample for now are sampled or in flight."""
+    def num_unsampled(self) -> int:
+        """The tokens that it may still sample for now, beside those sampled or in flight."""
         limit = self.request.params.max_tokens if self.lease_s is None else 1
-        return self.num_sampled >= limit
+        return limit - self.num_sampled
+
+    @property
+    def is_saturated(self) -> bool:
+        return self.num_unsampled <= 0
 
     @property
     def needs_scores(self) -> bool:
@@ -138,6 +149,8 @@ class Sequence:
             prompt_tokens=self.num_prompt,
             cached_tokens=self.num_cached,
             completion_tokens=self.num_completed if num_completed is None else num_completed,
+            draft_tokens=self.draft_tokens,
+            accepted_tokens=self.accepted_tokens,
         )
         timing = Timing(
             queue_s=scheduled - submitted, prefill_s=first - scheduled, decode_s=now - first

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from pallasite.engine.layout import Layout
 from pallasite.engine.sampler import NUM_TOP, Sampled, sample, score_tokens
 from pallasite.engine.sampler_state import SamplerState, count_fed
+from pallasite.engine.verification import accept, drafts_of, each_token
 from pallasite.models.decoder import Decoder, forward, unembed
 from pallasite.models.lora import Adapters, batch_adapters
 from pallasite.pallas_kernels.paged_attention import PagedCache
@@ -37,7 +38,7 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
     It maps (weights, adapters, cache, sampler state, words of `layout`) to (cache, sampler state,
     results [1, B, RESULT_WIDTH] of the rows, scores [1, T, RESULT_WIDTH] of the prompts), all
     results as i32 words. Its data shard's are the first axis's one entry. `structure` puts the
-    leaves `weights` together to the model.
+    leaves `weights` together to the model. Where drafts are verified, results are of every token.
     """
 
     def step(
@@ -53,15 +54,21 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
         first = jnp.where(
             inputs.takes_previous, ragged.query_starts[:-1], inputs.token_ids.shape[0]
         )
-        token_ids = inputs.token_ids.at[first].set(state.last_token[rows.slot], mode="drop")
-        last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
-        rows = replace(rows, last_token=token_ids[last])
-        state = count_fed(state, rows.slot, rows.last_token, inputs.takes_previous)
+        fed = state.last_token[rows.slot]
+        token_ids = inputs.token_ids.at[first].set(fed, mode="drop")
+        state = count_fed(state, rows.slot, fed, inputs.takes_previous)
 
         own = batch_adapters(adapters, inputs.adapter_slots, ragged, token_ids.shape[0])
         hidden, cache = forward(model, cache, token_ids, ragged, own)
-        logits = unembed(model, hidden[last])
-        state, sampled = sample(logits, rows, state, inputs.samples)
+        if num_drafts := layout.bucket.num_drafts:
+            drafts = drafts_of(token_ids, ragged, num_drafts)
+            tokens, is_live = each_token(inputs, drafts, token_ids)
+            _, sampled = sample(unembed(model, hidden), tokens, state, is_live)
+            state = accept(inputs, drafts, state, sampled.token_ids)
+        else:
+            last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
+            rows = replace(rows, last_token=token_ids[last])
+            state, sampled = sample(unembed(model, hidden[last]), rows, state, inputs.samples)
         scores = jnp.zeros((0, RESULT_WIDTH), jnp.int32)
         if layout.bucket.has_prefill:
             scores = jax.lax.cond(

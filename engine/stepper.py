@@ -60,6 +60,7 @@ class Stepper:
         scores = None if launched.scores is None else np.asarray(launched.scores)
         num_tokens = self._committer.commit(launched.plan, results, scores, grant)
         self._metrics.generation_tokens += num_tokens
+        self._metrics.accepted_tokens = self._committer.accepted_tokens
 
     def _prepare(self, plan: Plan) -> Plan | None:
         """Fills the slots that were just given; returns the plan of those that could be filled."""
@@ -85,6 +86,9 @@ class Stepper:
         results, scores = self._runtime.run(bucket, words)
         results.copy_to_host_async()
         self._metrics.num_steps += 1
+        drafts = [len(row.draft) for row in plan.rows if row.draft]
+        self._metrics.num_drafts += len(drafts)
+        self._metrics.draft_tokens += sum(drafts)
         self._metrics.padded_tokens += len(plan.parts) * bucket.num_tokens - plan.num_tokens
         has_scores = any(row.sequence.needs_scores for row in plan.rows)
         return Launched(plan=plan, results=results, scores=scores if has_scores else None)

@@ -26,4 +26,5 @@ def neutral_rows(num_rows: int, num_bans: int) -> SamplingRows:
         num_logprobs=filled(-1, np.int32),
         bans=np.full((num_rows, num_bans, 2), -1, np.int32),
         last_token=filled(0, np.int32),
+        drafts=np.zeros((num_rows, 0), np.int32),
     )
