@@ -91,11 +91,11 @@ class BatchBuilder:
     def _fill_tokens(self, views: dict[str, np.ndarray], row: Row, start: int) -> None:
         end = start + row.num_tokens
         stop = row.start + row.num_tokens
-        certain_end = end - len(row.draft)
+        draft_start = end - len(row.draft)
         if not row.takes_previous:
-            known = row.sequence.token_ids[row.start : stop - len(row.draft)]
-            views["token_ids"][start:certain_end] = known
-        views["token_ids"][certain_end:end] = row.draft
+            known = row.sequence.token_ids[row.start : row.certain_end]
+            views["token_ids"][start:draft_start] = known
+        views["token_ids"][draft_start:end] = row.draft
         views["positions"][start:end] = np.arange(row.start, stop, dtype=np.int32)
         if row.sequence.needs_scores:
             prompt = row.sequence.request.prompt_ids[row.start + 1 : stop + 1]
@@ -118,14 +118,13 @@ def bans(row: Row, eos_token_ids: tuple[int, ...], num_drafts: int = 0) -> list[
     leaves the comparison with it to the device.
     """
     params = row.sequence.request.params
-    certain_end = row.start + row.num_tokens - len(row.draft)
-    end = certain_end + num_drafts
+    end = row.certain_end + num_drafts
     is_open = row.takes_previous and not num_drafts
     pairs = []
     if end - row.sequence.num_prompt < params.min_tokens:
         pairs += [(-1, token_id) for token_id in {*eos_token_ids, *params.stop_token_ids}]
     longest = max((len(word) for word in params.bad_words), default=0)
-    known_end = row.start if is_open else certain_end
+    known_end = row.start if is_open else row.certain_end
     known = (
         *row.sequence.token_ids[max(0, known_end - longest) : known_end],
         *row.draft[:num_drafts],

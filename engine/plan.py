@@ -26,6 +26,11 @@ class Row:
     takes_previous: bool
     draft: tuple[int, ...] = ()
 
+    @property
+    def certain_end(self) -> int:
+        """The position after the last token that is not drafted."""
+        return self.start + self.num_tokens - len(self.draft)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
@@ -74,7 +79,7 @@ class Plan:
     @property
     def has_prefill(self) -> bool:
         """Whether any part has a row of more than one token, drafted ones aside."""
-        return any(row.num_tokens > 1 + len(row.draft) for row in self.rows)
+        return any(row.certain_end > row.start + 1 for row in self.rows)
 
     @property
     def has_drafts(self) -> bool:

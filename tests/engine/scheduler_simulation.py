@@ -7,80 +7,18 @@ committed.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 
 import numpy as np
-from hypothesis import strategies as st
 
 from pallasite.engine.audit import audit
 from pallasite.engine.commit import Committer
 from pallasite.engine.dispatcher import Dispatcher
-from pallasite.engine.plan import Part, Plan
-from pallasite.engine.request import Finish, FinishReason, KvHandle, Request, SamplingParams
+from pallasite.engine.plan import Part, Plan, Row
+from pallasite.engine.request import FinishReason, KvHandle, Request, SamplingParams
 from pallasite.engine.sequence import Group, Sequence, State, new_group
 from pallasite.engine.step import RESULT_WIDTH
 from pallasite.engine.stream import TokenStream
-
-PAGE = 4
-EOS = 1
-
-
-@dataclass(frozen=True, kw_only=True)
-class Job:
-    """One request, when it comes, and when it ends by itself or by its caller, in steps or tokens.
-
-    `lease` is None, or the steps from its first token to its decode.
-    """
-
-    prompt_len: int
-    max_tokens: int
-    n: int = 1
-    priority: int = 0
-    arrives: int = 0
-    stops_after: int | None = None
-    aborts_after: int | None = None
-    lease: int | None = None
-
-
-@st.composite
-def scenes(draw: st.DrawFn, num_shards: int = 1) -> tuple[dict[str, int], list[Job]]:
-    """Jobs that each fit into a shard's pages alone, and the sizes of an engine."""
-    num_pages = draw(st.integers(2, 16))
-    num_slots = draw(st.integers(2, 5) if num_shards == 1 else st.integers(1, 3))
-    budget = draw(st.integers(num_slots + 1, num_slots + 20))
-    capacity = num_pages * PAGE
-    jobs = []
-    for _ in range(draw(st.integers(1, 6 + num_shards))):
-        prompt_len = draw(st.integers(1, min(30, capacity - 1)))
-        max_tokens = draw(st.integers(1, min(10, capacity - prompt_len)))
-        lease = draw(st.none() | st.integers(0, 12))
-        jobs.append(
-            Job(
-                prompt_len=prompt_len,
-                max_tokens=max_tokens,
-                n=1 if lease is not None else draw(st.integers(1, 3)),
-                priority=draw(st.integers(0, 2)),
-                arrives=draw(st.integers(0, 12)),
-                stops_after=draw(st.none() | st.integers(1, 10)),
-                aborts_after=draw(st.none() | st.integers(0, 12)),
-                lease=lease,
-            )
-        )
-    each = {"num_pages": num_pages, "num_slots": num_slots, "max_batch_tokens": budget}
-    sizes = {name: num_shards * size for name, size in each.items()}
-    return sizes | {"num_shards": num_shards}, jobs
-
-
-def events_of(group: Group) -> tuple[dict[int, list[int]], dict[int, Finish]]:
-    """Tokens and finish by index, as the group's reader gets them."""
-    tokens: dict[int, list[int]] = {}
-    finishes: dict[int, Finish] = {}
-    for event in group.stream:
-        assert event.index not in finishes, "nothing follows a finish"
-        tokens.setdefault(event.index, []).extend(event.token_ids)
-        if event.finish is not None:
-            finishes[event.index] = event.finish
-    return tokens, finishes
+from tests.engine.scheduler_scenes import EOS, PAGE, Job
 
 
 class Simulation:
@@ -110,6 +48,7 @@ class Simulation:
         self.num_arrived = 0
         self.num_steps = 0
         self._previous: Plan | None = None
+        self._in_step: Plan | None = None
         self._places: dict[tuple[int, int, int], tuple[int, int, int]] = {}
         self._last_samples: dict[tuple[int, int], tuple[Sequence, int]] = {}
         self._origins: dict[Sequence, int] = {}
@@ -163,8 +102,9 @@ class Simulation:
         waiting = {s.group for s in (self.waiting() if self._idle_shards() else ())}
         could_move = set(filter(_is_at_rest, waiting))
         num_preemptions = self.scheduler.num_preemptions
-        plan = self.scheduler.schedule(0.0)
+        plan = self._plan()
         parts = [] if plan is None else plan.parts
+        self._in_step = plan
         if plan is not None:
             self._check_plan(plan)
             self._compute(plan)
@@ -175,11 +115,13 @@ class Simulation:
         self._check_places()
         self._check_pages()
         self._check_idleness(could_move)
-        previous, self._previous = self._previous, plan
-        if previous is not None:
-            self._commit(previous)
+        self._commit_previous()
+        self._previous = plan
         self.num_steps += 1
         return plan
+
+    def _plan(self) -> Plan | None:
+        return self.scheduler.schedule(0.0)
 
     def waiting(self) -> list[Sequence]:
         return [s for s in self.jobs if s.state is State.WAITING]
@@ -253,7 +195,8 @@ class Simulation:
         assert plan.admitted == [s for part in plan.parts for s in part.admitted]
         assert plan.most_rows == max(len(part.rows) for part in plan.parts)
         assert plan.most_tokens == max(part.num_tokens for part in plan.parts)
-        assert plan.has_prefill == any(row.num_tokens > 1 for row in plan.rows)
+        assert plan.has_prefill == any(row.num_tokens - len(row.draft) > 1 for row in plan.rows)
+        assert plan.has_drafts == any(row.draft for row in plan.rows)
         for shard, part in enumerate(plan.parts):
             self._check_part(part, shard)
 
@@ -272,9 +215,12 @@ class Simulation:
             assert sequence.shard == shard
             assert row.slot == sequence.slot
             assert 0 <= row.slot < self.num_slots
-            assert sequence.num_computed == row.start + row.num_tokens
+            assert sequence.num_computed == row.certain_end
+            assert row.certain_end == row.start + row.num_tokens - len(row.draft)
+            assert row.samples or not row.draft
             assert row.samples == (sequence.num_computed == sequence.num_tokens - row.samples)
-            assert sequence.num_sampled <= sequence.request.params.max_tokens
+            most = sequence.num_sampled + len(row.draft)
+            assert most <= sequence.request.params.max_tokens
 
     def _compute(self, plan: Plan) -> None:
         """What the device does: all tokens are written, then all that is visible is read."""
@@ -283,15 +229,19 @@ class Simulation:
             for row in part.rows:
                 sequence, end = row.sequence, row.start + row.num_tokens
                 if row.takes_previous:
-                    assert row.num_tokens == 1
+                    assert row.certain_end == row.start + 1
                     assert self._last_samples[shard, row.slot] == (sequence, row.start)
                 else:
-                    assert len(sequence.token_ids) >= end, "the host knows what it feeds"
+                    known = len(sequence.token_ids)
+                    assert known >= row.certain_end, "the host knows what it feeds"
                 for position in range(row.start, end):
                     place = shard, sequence.pages[position // PAGE], position % PAGE
                     assert place not in written
                     written[place] = self._key(sequence, position)
+                    if position >= row.certain_end + self._num_right(row):
+                        written[place] = (-1, -1, position)  # of a token that never was
                 if row.samples:
+                    end = row.certain_end + self._num_right(row)
                     self._last_samples[shard, row.slot] = (sequence, end)
         self._places |= written
         for sequence in self._open():
@@ -342,7 +292,8 @@ class Simulation:
             num_leased = sum(-(-len(s.request.prompt_ids) // PAGE) for s in leases)
             assert scheduler.num_leased_pages == num_leased
         for sequence in self.running():
-            assert len(sequence.pages) * PAGE < sequence.num_tokens + PAGE, "pages kept for nothing"
+            most = sequence.num_tokens + self._num_drafted(sequence) + PAGE
+            assert len(sequence.pages) * PAGE < most, "pages kept for nothing"
 
     def _check_idleness(self, could_move: set[Group]) -> None:
         """No shard has nobody while a request waits elsewhere that could start there.
@@ -363,14 +314,35 @@ class Simulation:
         is_busy = (State.WAITING, State.RUNNING)
         return set(range(self.num_shards)) - {s.shard for s in self.jobs if s.state in is_busy}
 
-    def _commit(self, plan: Plan) -> None:
-        results = np.zeros((self.num_shards, self.num_slots, RESULT_WIDTH), np.int32)
+    def _commit_previous(self) -> None:
+        plan, self._previous = self._previous, None
+        if plan is None:
+            return
+        results = np.zeros((self.num_shards, self.max_tokens, RESULT_WIDTH), np.int32)
         for part, words in zip(plan.parts, results, strict=True):
-            for index, row in enumerate(part.rows):
-                stops_after = self.jobs[row.sequence].stops_after
-                place = row.start + row.num_tokens - row.sequence.num_prompt + 1
-                words[index, 0] = EOS if place == stops_after else EOS + 1 + place
+            place = 0
+            for row in part.rows:
+                for end in range(row.certain_end, row.certain_end + len(row.draft) + 1):
+                    words[place, 0] = self._sampled(row.sequence, end)
+                    place += 1
+                place += row.certain_end - row.start - 1 if plan.has_drafts else 0
         self.committer.commit(plan, results, None, self._grant)
+
+    def _sampled(self, sequence: Sequence, end: int) -> int:
+        """What the model says after that many tokens."""
+        place = end - sequence.num_prompt + 1
+        return EOS if place == self.jobs[sequence].stops_after else EOS + 1 + place
+
+    def _num_right(self, row: Row) -> int:
+        """How many tokens of a draft come before the first wrong one."""
+        for place, token_id in enumerate(row.draft):
+            if token_id != self._sampled(row.sequence, row.certain_end + place):
+                return place
+        return len(row.draft)
+
+    def _num_drafted(self, sequence: Sequence) -> int:
+        rows = [] if self._in_step is None else self._in_step.rows
+        return max((len(row.draft) for row in rows if row.sequence is sequence), default=0)
 
     def _grant(self, sequence: Sequence, lease_s: float) -> KvHandle:
         self.leased[sequence] = self.num_steps

@@ -10,14 +10,8 @@ from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.plan import make_plan
 from pallasite.engine.request import FinishReason
 from pallasite.engine.sequence import State
-from tests.engine.scheduler_simulation import (
-    PAGE,
-    Job,
-    Simulation,
-    events_of,
-    scenes,
-    simulation_of,
-)
+from tests.engine.scheduler_scenes import PAGE, Job, events_of, scenes
+from tests.engine.scheduler_simulation import Simulation, simulation_of
 
 
 class OneScheduler(Dispatcher):

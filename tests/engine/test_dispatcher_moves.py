@@ -1,7 +1,8 @@
 """What goes to another shard than the one it was given to, and what stays."""
 
 from pallasite.engine.sequence import State
-from tests.engine.scheduler_simulation import PAGE, Job, events_of, simulation_of
+from tests.engine.scheduler_scenes import PAGE, Job, events_of
+from tests.engine.scheduler_simulation import simulation_of
 
 
 def test_a_shard_without_a_queue_takes_the_best_rank_of_the_longest_one_and_starts_it_at_once():

@@ -4,14 +4,8 @@ from hypothesis import given, settings
 
 from pallasite.engine.request import FinishReason
 from pallasite.engine.sequence import State
-from tests.engine.scheduler_simulation import (
-    EOS,
-    PAGE,
-    Job,
-    Simulation,
-    events_of,
-    scenes,
-)
+from tests.engine.scheduler_scenes import EOS, PAGE, Job, events_of, scenes
+from tests.engine.scheduler_simulation import Simulation
 
 
 @settings(max_examples=120)
