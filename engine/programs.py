@@ -31,6 +31,9 @@ from pallasite.pallas_kernels.paged_attention import PagedCache
 EDIT_TOKENS = 1024
 """Tokens of one edit of a slot; a longer prompt takes several."""
 
+VERIFIED_A_ROW = 4
+"""Tokens a row that the largest verify step has, where all rows run: each of them has logits."""
+
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -264,8 +267,8 @@ def bucket_ladder(
 
     Rows double from `least_rows` up to max_rows; tokens of mixed steps, whose rows are always
     max_rows, quadruple down from max_tokens, since padding a prefill costs less than a program.
-    Tokens of verify steps, where there are num_drafts a row, double as rows do, to as many as all
-    rows have.
+    Tokens of verify steps, where there are num_drafts a row at most, double as rows do, up to
+    VERIFIED_A_ROW a row.
     """
     rows = []
     size = least_rows
@@ -280,7 +283,9 @@ def bucket_ladder(
         if tokens < 64:
             break
     if num_drafts:
-        most, size = min(max_rows * (1 + num_drafts), max_tokens), 2 * least_rows
+        most_a_row = min(1 + num_drafts, VERIFIED_A_ROW)
+        most = min(max(most_a_row * max_rows, 1 + num_drafts), max_tokens)
+        size = 2 * least_rows
         tokens_of_verify = []
         while size < most:
             tokens_of_verify.append(size)

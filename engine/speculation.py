@@ -77,7 +77,7 @@ class Speculator:
 
         Each shard's are in a list of their own. 0 where no such step pays.
         """
-        if not any(draft for own in drafts for draft in own):
+        if not self._verify_s or not any(draft for own in drafts for draft in own):
             return 0
         chances = [[chance for chance, *_ in _ranked(own)] for own in drafts]
         num_rows = [len(own) for own in drafts]

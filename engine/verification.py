@@ -22,7 +22,8 @@ def drafts_of(
     token_ids: Int[Array, "T"], ragged: Ragged, num_drafts: int
 ) -> Int[Array, "B num_drafts"]:
     """Returns the tokens of each row after its first one, -1 beyond its end."""
-    places = ragged.query_starts[:-1, None] + 1 + jnp.arange(num_drafts, dtype=jnp.int32)
+    place = jnp.arange(num_drafts, dtype=jnp.int32)[None, :]
+    places = ragged.query_starts[:-1, None] + 1 + place
     is_own = places < ragged.query_starts[1:, None]
     return jnp.where(is_own, token_ids.at[places].get(mode="clip"), -1)
 
@@ -35,7 +36,7 @@ def each_token(
     token = jnp.arange(token_ids.shape[0], dtype=jnp.int32)
     row = jnp.sum(token[:, None] >= starts[None, 1:], axis=1, dtype=jnp.int32)
     row = jnp.minimum(row, drafts.shape[0] - 1)  # of the padding
-    place = jnp.arange(drafts.shape[1], dtype=jnp.int32)
+    place = jnp.arange(drafts.shape[1], dtype=jnp.int32)[None, :]
     fields = {name: getattr(rows, name)[row] for name in (*SAMPLING_FIELDS, "slot")}
     tokens = replace(
         rows,
@@ -59,7 +60,7 @@ def accept(
     A slot's last token is what was sampled after them, and they are counted.
     """
     num_rows, num_drafts = drafts.shape
-    place = jnp.arange(num_drafts + 1, dtype=jnp.int32)
+    place = jnp.arange(num_drafts + 1, dtype=jnp.int32)[None, :]
     own = sampled.at[inputs.ragged.query_starts[:-1, None] + place].get(mode="clip")
     is_right = jnp.cumprod(drafts == own[:, :num_drafts], axis=1, dtype=jnp.int32)
     last = own[jnp.arange(num_rows, dtype=jnp.int32), jnp.sum(is_right, axis=1)]

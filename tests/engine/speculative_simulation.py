@@ -28,7 +28,9 @@ class SpeculativeSimulation(Simulation):
         self._rng = np.random.default_rng(seed)
 
     def _plan(self) -> Plan | None:
-        if self._previous is not None and (self._previous.has_drafts or self._rng.random() < self.waits):
+        if self._previous is not None and (
+            self._previous.has_drafts or self._rng.random() < self.waits
+        ):
             self._commit_previous()
         plan = self.scheduler.schedule(0.0)
         if plan is None or self._previous is not None or plan.has_prefill:

@@ -138,3 +138,21 @@ def test_the_ladder_has_a_program_for_every_plan():
         for smaller, larger in pairwise(decode):
             assert larger <= 2 * smaller
         assert len(buckets) <= 12
+
+
+def test_the_ladder_of_verify_steps_takes_every_row_with_a_draft_and_one_row_with_the_longest():
+    sizes = [(8, 64, 2, 4), (32, 512, 2, 7), (5, 6, 1, 3), (2, 2048, 2, 15), (256, 512, 1, 1)]
+    for max_rows, max_tokens, least_rows, num_drafts in sizes:
+        plain = bucket_ladder(max_rows, max_tokens, least_rows)
+        buckets = bucket_ladder(max_rows, max_tokens, least_rows, num_drafts)
+        assert buckets == sorted(set(buckets))
+        assert [bucket for bucket in buckets if not bucket.num_drafts] == plain
+        verify = [bucket for bucket in buckets if bucket.num_drafts]
+        assert {bucket.num_drafts for bucket in verify} == {num_drafts}
+        assert not any(bucket.has_prefill for bucket in verify)
+        assert all(bucket.num_rows < bucket.num_tokens <= max_tokens for bucket in verify)
+        assert max(bucket.num_rows for bucket in verify) == max_rows
+        assert max(bucket.num_tokens for bucket in verify) >= min(1 + num_drafts, max_tokens)
+        for smaller, larger in pairwise(verify):
+            assert larger.num_tokens <= 2 * smaller.num_tokens
+        assert len(verify) <= 9
