@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpallasite/proto/control.proto\x12\x0cpallasite.v1\"\x16\n\x14GetServerInfoRequest\"\x89\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12\x13\n\x0bmax_lease_s\x18\x06 \x01(\x01\"3\n\x13GetModelInfoRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\xf4\x03\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0bmodel_width\x18\x05 \x01(\x05\x12\x11\n\tffn_width\x18\x06 \x01(\x05\x12\x17\n\x0fnum_query_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x12\n\nhead_width\x18\t \x01(\x05\x12\x17\n\x0fmax_context_len\x18\n \x01(\x05\x12\x15\n\reos_token_ids\x18\x0b \x03(\x05\x12\x0f\n\x07weights\x18\x0c \x01(\t\x12\x19\n\x11has_chat_template\x18\r \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x0e \x03(\t\x12\x14\n\x0cmax_adapters\x18\x0f \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\x10 \x01(\x05\x12I\n\x0cweight_forms\x18\x11 \x03(\x0b\x32\x33.pallasite.v1.GetModelInfoResponse.WeightFormsEntry\x12\r\n\x05\x63\x61\x63he\x18\x12 \x01(\t\x1a\x32\n\x10WeightFormsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"$\n\x12ListModelsResponse\x12\x0e\n\x06models\x18\x01 \x03(\t\"\x10\n\x0eGetLoadRequest\"\xb6\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x11\n\tnum_pages\x18\x03 \x01(\x05\x12\x16\n\x0enum_free_pages\x18\x04 \x01(\x05\x12\x18\n\x10num_leased_pages\x18\x05 \x01(\x05\x12\x18\n\x10num_compilations\x18\x06 \x01(\x05\x12\x1a\n\x12num_program_misses\x18\x07 \x01(\x05\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\rAbortResponse\x12\x15\n\rwas_in_flight\x18\x01 \x01(\x08\x32\x95\x03\n\x07\x43ontrol\x12X\n\rGetServerInfo\x12\".pallasite.v1.GetServerInfoRequest\x1a#.pallasite.v1.GetServerInfoResponse\x12U\n\x0cGetModelInfo\x12!.pallasite.v1.GetModelInfoRequest\x1a\".pallasite.v1.GetModelInfoResponse\x12O\n\nListModels\x12\x1f.pallasite.v1.ListModelsRequest\x1a .pallasite.v1.ListModelsResponse\x12\x46\n\x07GetLoad\x12\x1c.pallasite.v1.GetLoadRequest\x1a\x1d.pallasite.v1.GetLoadResponse\x12@\n\x05\x41\x62ort\x12\x1a.pallasite.v1.AbortRequest\x1a\x1b.pallasite.v1.AbortResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1dpallasite/proto/control.proto\x12\x0cpallasite.v1\"\x16\n\x14GetServerInfoRequest\"\x89\x01\n\x15GetServerInfoResponse\x12\x0f\n\x07version\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\t\x12\x10\n\x08uptime_s\x18\x03 \x01(\x01\x12\x0e\n\x06models\x18\x04 \x03(\t\x12\x19\n\x11max_message_bytes\x18\x05 \x01(\x05\x12\x13\n\x0bmax_lease_s\x18\x06 \x01(\x01\"3\n\x13GetModelInfoRequest\x12\x12\n\x05model\x18\x01 \x01(\tH\x00\x88\x01\x01\x42\x08\n\x06_model\"\xa1\x04\n\x14GetModelInfoResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x66\x61mily\x18\x02 \x01(\t\x12\x12\n\nvocab_size\x18\x03 \x01(\x05\x12\x12\n\nnum_layers\x18\x04 \x01(\x05\x12\x13\n\x0bmodel_width\x18\x05 \x01(\x05\x12\x11\n\tffn_width\x18\x06 \x01(\x05\x12\x17\n\x0fnum_query_heads\x18\x07 \x01(\x05\x12\x14\n\x0cnum_kv_heads\x18\x08 \x01(\x05\x12\x12\n\nhead_width\x18\t \x01(\x05\x12\x17\n\x0fmax_context_len\x18\n \x01(\x05\x12\x15\n\reos_token_ids\x18\x0b \x03(\x05\x12\x0f\n\x07weights\x18\x0c \x01(\t\x12\x19\n\x11has_chat_template\x18\r \x01(\x08\x12\x10\n\x08\x61\x64\x61pters\x18\x0e \x03(\t\x12\x14\n\x0cmax_adapters\x18\x0f \x01(\x05\x12\x18\n\x10max_adapter_rank\x18\x10 \x01(\x05\x12I\n\x0cweight_forms\x18\x11 \x03(\x0b\x32\x33.pallasite.v1.GetModelInfoResponse.WeightFormsEntry\x12\r\n\x05\x63\x61\x63he\x18\x12 \x01(\t\x12\x11\n\tspeculate\x18\x13 \x01(\t\x12\x18\n\x10speculate_tokens\x18\x14 \x01(\x05\x1a\x32\n\x10WeightFormsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\t:\x02\x38\x01\"\x13\n\x11ListModelsRequest\"$\n\x12ListModelsResponse\x12\x0e\n\x06models\x18\x01 \x03(\t\"\x10\n\x0eGetLoadRequest\"\xf9\x01\n\x0fGetLoadResponse\x12\x13\n\x0bnum_running\x18\x01 \x01(\x05\x12\x13\n\x0bnum_waiting\x18\x02 \x01(\x05\x12\x11\n\tnum_pages\x18\x03 \x01(\x05\x12\x16\n\x0enum_free_pages\x18\x04 \x01(\x05\x12\x18\n\x10num_leased_pages\x18\x05 \x01(\x05\x12\x18\n\x10num_compilations\x18\x06 \x01(\x05\x12\x1a\n\x12num_program_misses\x18\x07 \x01(\x05\x12\x12\n\nnum_drafts\x18\x08 \x01(\x03\x12\x14\n\x0c\x64raft_tokens\x18\t \x01(\x03\x12\x17\n\x0f\x61\x63\x63\x65pted_tokens\x18\n \x01(\x03\"\"\n\x0c\x41\x62ortRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"&\n\rAbortResponse\x12\x15\n\rwas_in_flight\x18\x01 \x01(\x08\x32\x95\x03\n\x07\x43ontrol\x12X\n\rGetServerInfo\x12\".pallasite.v1.GetServerInfoRequest\x1a#.pallasite.v1.GetServerInfoResponse\x12U\n\x0cGetModelInfo\x12!.pallasite.v1.GetModelInfoRequest\x1a\".pallasite.v1.GetModelInfoResponse\x12O\n\nListModels\x12\x1f.pallasite.v1.ListModelsRequest\x1a .pallasite.v1.ListModelsResponse\x12\x46\n\x07GetLoad\x12\x1c.pallasite.v1.GetLoadRequest\x1a\x1d.pallasite.v1.GetLoadResponse\x12@\n\x05\x41\x62ort\x12\x1a.pallasite.v1.AbortRequest\x1a\x1b.pallasite.v1.AbortResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -40,21 +40,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMODELINFOREQUEST']._serialized_start=211
   _globals['_GETMODELINFOREQUEST']._serialized_end=262
   _globals['_GETMODELINFORESPONSE']._serialized_start=265
-  _globals['_GETMODELINFORESPONSE']._serialized_end=765
-  _globals['_GETMODELINFORESPONSE_WEIGHTFORMSENTRY']._serialized_start=715
-  _globals['_GETMODELINFORESPONSE_WEIGHTFORMSENTRY']._serialized_end=765
-  _globals['_LISTMODELSREQUEST']._serialized_start=767
-  _globals['_LISTMODELSREQUEST']._serialized_end=786
-  _globals['_LISTMODELSRESPONSE']._serialized_start=788
-  _globals['_LISTMODELSRESPONSE']._serialized_end=824
-  _globals['_GETLOADREQUEST']._serialized_start=826
-  _globals['_GETLOADREQUEST']._serialized_end=842
-  _globals['_GETLOADRESPONSE']._serialized_start=845
-  _globals['_GETLOADRESPONSE']._serialized_end=1027
-  _globals['_ABORTREQUEST']._serialized_start=1029
-  _globals['_ABORTREQUEST']._serialized_end=1063
-  _globals['_ABORTRESPONSE']._serialized_start=1065
-  _globals['_ABORTRESPONSE']._serialized_end=1103
-  _globals['_CONTROL']._serialized_start=1106
-  _globals['_CONTROL']._serialized_end=1511
+  _globals['_GETMODELINFORESPONSE']._serialized_end=810
+  _globals['_GETMODELINFORESPONSE_WEIGHTFORMSENTRY']._serialized_start=760
+  _globals['_GETMODELINFORESPONSE_WEIGHTFORMSENTRY']._serialized_end=810
+  _globals['_LISTMODELSREQUEST']._serialized_start=812
+  _globals['_LISTMODELSREQUEST']._serialized_end=831
+  _globals['_LISTMODELSRESPONSE']._serialized_start=833
+  _globals['_LISTMODELSRESPONSE']._serialized_end=869
+  _globals['_GETLOADREQUEST']._serialized_start=871
+  _globals['_GETLOADREQUEST']._serialized_end=887
+  _globals['_GETLOADRESPONSE']._serialized_start=890
+  _globals['_GETLOADRESPONSE']._serialized_end=1139
+  _globals['_ABORTREQUEST']._serialized_start=1141
+  _globals['_ABORTREQUEST']._serialized_end=1175
+  _globals['_ABORTRESPONSE']._serialized_start=1177
+  _globals['_ABORTRESPONSE']._serialized_end=1215
+  _globals['_CONTROL']._serialized_start=1218
+  _globals['_CONTROL']._serialized_end=1623
 # @@protoc_insertion_point(module_scope)

@@ -33,7 +33,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self, model: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoResponse(_message.Message):
-    __slots__ = ("model", "family", "vocab_size", "num_layers", "model_width", "ffn_width", "num_query_heads", "num_kv_heads", "head_width", "max_context_len", "eos_token_ids", "weights", "has_chat_template", "adapters", "max_adapters", "max_adapter_rank", "weight_forms", "cache")
+    __slots__ = ("model", "family", "vocab_size", "num_layers", "model_width", "ffn_width", "num_query_heads", "num_kv_heads", "head_width", "max_context_len", "eos_token_ids", "weights", "has_chat_template", "adapters", "max_adapters", "max_adapter_rank", "weight_forms", "cache", "speculate", "speculate_tokens")
     class WeightFormsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -59,6 +59,8 @@ class GetModelInfoResponse(_message.Message):
     MAX_ADAPTER_RANK_FIELD_NUMBER: _ClassVar[int]
     WEIGHT_FORMS_FIELD_NUMBER: _ClassVar[int]
     CACHE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATE_FIELD_NUMBER: _ClassVar[int]
+    SPECULATE_TOKENS_FIELD_NUMBER: _ClassVar[int]
     model: str
     family: str
     vocab_size: int
@@ -77,7 +79,9 @@ class GetModelInfoResponse(_message.Message):
     max_adapter_rank: int
     weight_forms: _containers.ScalarMap[str, str]
     cache: str
-    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., model_width: _Optional[int] = ..., ffn_width: _Optional[int] = ..., num_query_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_width: _Optional[int] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., weights: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., adapters: _Optional[_Iterable[str]] = ..., max_adapters: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., weight_forms: _Optional[_Mapping[str, str]] = ..., cache: _Optional[str] = ...) -> None: ...
+    speculate: str
+    speculate_tokens: int
+    def __init__(self, model: _Optional[str] = ..., family: _Optional[str] = ..., vocab_size: _Optional[int] = ..., num_layers: _Optional[int] = ..., model_width: _Optional[int] = ..., ffn_width: _Optional[int] = ..., num_query_heads: _Optional[int] = ..., num_kv_heads: _Optional[int] = ..., head_width: _Optional[int] = ..., max_context_len: _Optional[int] = ..., eos_token_ids: _Optional[_Iterable[int]] = ..., weights: _Optional[str] = ..., has_chat_template: _Optional[bool] = ..., adapters: _Optional[_Iterable[str]] = ..., max_adapters: _Optional[int] = ..., max_adapter_rank: _Optional[int] = ..., weight_forms: _Optional[_Mapping[str, str]] = ..., cache: _Optional[str] = ..., speculate: _Optional[str] = ..., speculate_tokens: _Optional[int] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -94,7 +98,7 @@ class GetLoadRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetLoadResponse(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_leased_pages", "num_compilations", "num_program_misses")
+    __slots__ = ("num_running", "num_waiting", "num_pages", "num_free_pages", "num_leased_pages", "num_compilations", "num_program_misses", "num_drafts", "draft_tokens", "accepted_tokens")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_PAGES_FIELD_NUMBER: _ClassVar[int]
@@ -102,6 +106,9 @@ class GetLoadResponse(_message.Message):
     NUM_LEASED_PAGES_FIELD_NUMBER: _ClassVar[int]
     NUM_COMPILATIONS_FIELD_NUMBER: _ClassVar[int]
     NUM_PROGRAM_MISSES_FIELD_NUMBER: _ClassVar[int]
+    NUM_DRAFTS_FIELD_NUMBER: _ClassVar[int]
+    DRAFT_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    ACCEPTED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_pages: int
@@ -109,7 +116,10 @@ class GetLoadResponse(_message.Message):
     num_leased_pages: int
     num_compilations: int
     num_program_misses: int
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_leased_pages: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_program_misses: _Optional[int] = ...) -> None: ...
+    num_drafts: int
+    draft_tokens: int
+    accepted_tokens: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_pages: _Optional[int] = ..., num_free_pages: _Optional[int] = ..., num_leased_pages: _Optional[int] = ..., num_compilations: _Optional[int] = ..., num_program_misses: _Optional[int] = ..., num_drafts: _Optional[int] = ..., draft_tokens: _Optional[int] = ..., accepted_tokens: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -59,6 +59,8 @@ class Answer:
                 "prompt_tokens": usage.prompt_tokens,
                 "cached_tokens": usage.cached_tokens,
                 "completion_tokens": usage.completion_tokens,
+                "draft_tokens": usage.draft_tokens,
+                "accepted_tokens": usage.accepted_tokens,
             },
             "timing": {
                 "queue_s": timing.queue_s,

@@ -27,12 +27,13 @@ from pallasite.server.flags import (
     SAMPLING_FLAGS,
     SECONDS,
     SERVER_FLAGS,
+    SPECULATION_FLAGS,
     TEXT,
     TEXT_LIMIT_FLAGS,
     WHOLE,
     WINDOW,
-    Flag,
     add_flags,
+    engine_flags,
     flags_given,
     read_flags,
     shown_flags,
@@ -189,6 +190,8 @@ def build_parser() -> Parser:
 
     for command in (serve, generate, chat, score, evaluate, info):
         add_flags(command, "adapters", EngineConfig, ADAPTER_FLAGS)
+    for command in (serve, generate, chat, info):
+        add_flags(command, "speculation", EngineConfig, SPECULATION_FLAGS)
     for command in (serve, generate, chat, score, evaluate):
         command.add_argument(
             "--load-adapter",
@@ -213,8 +216,7 @@ def build_parser() -> Parser:
 
 def engine_config(args: argparse.Namespace) -> EngineConfig:
     """The engine that the flags ask for. Raises ConfigError where they contradict."""
-    # What `demo` shows is the model's own answer.
-    flags: tuple[Flag, ...] = ENGINE_FLAGS + (ADAPTER_FLAGS if args.command != "demo" else ())
+    flags = engine_flags(args.command)
     more: dict[str, Any] = {"compile_cache": args.compile_cache}
     if args.command == "serve":
         flags += QUEUE_FLAGS
@@ -235,7 +237,7 @@ def engine_line(config: EngineConfig) -> list[str]:
     """The flags with which `pallasite serve` runs such an engine."""
     cache = config.compile_cache
     line = ["--no-compile-cache"] if cache is None else ["--compile-cache", str(cache)]
-    line += shown_flags(config, ENGINE_FLAGS + ADAPTER_FLAGS + QUEUE_FLAGS)
+    line += shown_flags(config, engine_flags("serve") + QUEUE_FLAGS)
     return line + shown_flags(config.limits, LIMIT_FLAGS)
 
 
@@ -263,7 +265,7 @@ def own_adapters(args: argparse.Namespace) -> list[tuple[str, Path]]:
 
 def engine_flags_given(args: argparse.Namespace) -> list[str]:
     """The engine's flags that do not have their defaults."""
-    given = flags_given(args, EngineConfig, ENGINE_FLAGS + ADAPTER_FLAGS)
+    given = flags_given(args, EngineConfig, engine_flags(args.command))
     given += ["--load-adapter"] if args.load_adapter else []
     return given + ([] if args.compile_cache == _default_compile_cache() else ["--compile-cache"])
 

@@ -97,6 +97,8 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
         "weight_forms": matrix_forms(model, config.weights, config.quantize),
         "cache": config.cache_form,
         "mesh": str(config.mesh),
+        "speculate": config.speculate,
+        "speculate_tokens": config.num_drafts,
         **asdict(model),
     }
     return {"model": sizes, "memory": memory}

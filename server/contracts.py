@@ -53,6 +53,9 @@ class EngineMetrics(Protocol):
     Attributes:
         compilations: programs compiled since the engine began to serve.
         misses: steps for which no compiled program was found.
+        num_drafts: drafts that were verified, of one completion in one step each.
+        draft_tokens: their tokens.
+        accepted_tokens: those of them that were right.
         last_step_monotonic_s: when the engine's loop last came round, busy or idle.
         is_alive: whether the engine's loop runs.
     """
@@ -61,6 +64,12 @@ class EngineMetrics(Protocol):
     def compilations(self) -> int: ...
     @property
     def misses(self) -> int: ...
+    @property
+    def num_drafts(self) -> int: ...
+    @property
+    def draft_tokens(self) -> int: ...
+    @property
+    def accepted_tokens(self) -> int: ...
     @property
     def last_step_monotonic_s(self) -> float: ...
     @property

@@ -12,7 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pallasite.engine.config import DEFAULT_ADAPTER_RANK, EngineConfig, Limits
+from pallasite.engine.config import (
+    DEFAULT_ADAPTER_RANK,
+    DEFAULT_SPECULATE_TOKENS,
+    MAX_SPECULATE_TOKENS,
+    EngineConfig,
+    Limits,
+)
 from pallasite.engine.request import SamplingParams
 from pallasite.models.forms import EVERY_LAYER, Rule
 from pallasite.models.sharding import DATA_AXIS, MODEL_AXIS, MeshShape
@@ -201,6 +207,20 @@ ADAPTER_FLAGS = (
         unset=str(DEFAULT_ADAPTER_RANK),
     ),
 )
+SPECULATION_FLAGS = (
+    Flag(
+        field="speculate",
+        kind=choice("ngram"),
+        help="draft tokens, to verify several a step; ngram: those after the same ones before",
+        unset="no speculation",
+    ),
+    Flag(
+        field="speculate_tokens",
+        kind=WHOLE,
+        help=f"tokens drafted for a completion in a step at most, up to {MAX_SPECULATE_TOKENS}",
+        unset=f"{DEFAULT_SPECULATE_TOKENS} with --speculate",
+    ),
+)
 QUEUE_FLAGS = (
     Flag(field="max_waiting", kind=WHOLE, help="requests that wait at most"),
     Flag(
@@ -296,12 +316,19 @@ SAMPLING_FLAGS = (
 )
 
 TABLES: tuple[tuple[type, tuple[Flag, ...]], ...] = (
-    (EngineConfig, ENGINE_FLAGS + ADAPTER_FLAGS + QUEUE_FLAGS),
+    (EngineConfig, ENGINE_FLAGS + ADAPTER_FLAGS + SPECULATION_FLAGS + QUEUE_FLAGS),
     (Limits, LIMIT_FLAGS),
     (TextLimits, TEXT_LIMIT_FLAGS),
     (ServerConfig, SERVER_FLAGS),
     (SamplingParams, SAMPLING_FLAGS),
 )
+
+
+def engine_flags(command: str) -> tuple[Flag, ...]:
+    """The flags of an engine that a command takes: `demo` shows the model's own answer."""
+    speculates = command in ("serve", "generate", "chat", "info")
+    adapters = ADAPTER_FLAGS if command != "demo" else ()
+    return ENGINE_FLAGS + adapters + (SPECULATION_FLAGS if speculates else ())
 
 
 def add_flags(

@@ -61,6 +61,8 @@ class ControlService:
             adapters=engine.adapter_names(),
             max_adapters=engine.config.max_adapters,
             max_adapter_rank=engine.config.adapter_rank,
+            speculate=engine.config.speculate or "",
+            speculate_tokens=engine.config.num_drafts,
         )
 
     async def list_models(self, request: pb.ListModelsRequest, call: Call) -> pb.ListModelsResponse:
@@ -78,6 +80,9 @@ class ControlService:
             num_leased_pages=load.num_leased_pages,
             num_compilations=metrics.compilations,
             num_program_misses=metrics.misses,
+            num_drafts=metrics.num_drafts,
+            draft_tokens=metrics.draft_tokens,
+            accepted_tokens=metrics.accepted_tokens,
         )
 
     async def abort(self, request: pb.AbortRequest, call: Call) -> pb.AbortResponse:

@@ -200,6 +200,8 @@ def _usage(usage: Usage) -> pb.Usage:
         prompt_tokens=usage.prompt_tokens,
         cached_tokens=usage.cached_tokens,
         completion_tokens=usage.completion_tokens,
+        draft_tokens=usage.draft_tokens,
+        accepted_tokens=usage.accepted_tokens,
     )
 
 

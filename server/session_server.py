@@ -194,6 +194,8 @@ def _usage(message: pb.Usage) -> Usage:
         prompt_tokens=message.prompt_tokens,
         cached_tokens=message.cached_tokens,
         completion_tokens=message.completion_tokens,
+        draft_tokens=message.draft_tokens,
+        accepted_tokens=message.accepted_tokens,
     )
 
 

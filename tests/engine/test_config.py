@@ -48,6 +48,10 @@ PLAN = MemoryPlan(
         ("num_pages", {"num_pages": 9, "cache_tokens": 99}),
         ("weights", {"weights": "f16"}),
         ("cache", {"cache": "fp4"}),
+        ("speculate", {"speculate": "draft-model"}),
+        ("speculate_tokens", {"speculate_tokens": 4}),
+        ("speculate_tokens", {"speculate": "ngram", "speculate_tokens": 0}),
+        ("speculate_tokens", {"speculate": "ngram", "speculate_tokens": 33}),
         ("max_lease_s", {"max_lease_s": 0.0}),
         ("max_lease_s", {"max_lease_s": float("nan")}),
     ],
@@ -66,6 +70,15 @@ def test_the_defaults_and_the_least_of_everything_are_taken():
     EngineConfig(
         max_requests=2, max_batch_tokens=3, max_waiting=1, max_unread_tokens=1, max_leases=0
     )
+
+
+def test_tokens_are_drafted_where_a_method_is_named():
+    assert EngineConfig().num_drafts == 0
+    assert EngineConfig(speculate="ngram").num_drafts == 7
+    assert [EngineConfig(speculate="ngram", speculate_tokens=k).num_drafts for k in (1, 32)] == [
+        1,
+        32,
+    ]
 
 
 def test_pages_are_those_asked_for_or_a_cpus_default():

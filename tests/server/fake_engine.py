@@ -72,7 +72,13 @@ class FakeEngine:
         self.max_context_len = TINY.context_len
         self.epoch = secrets.token_hex(8)
         self.metrics = SimpleNamespace(
-            compilations=0, misses=0, last_step_monotonic_s=time.monotonic(), is_alive=True
+            compilations=0,
+            misses=0,
+            num_drafts=0,
+            draft_tokens=0,
+            accepted_tokens=0,
+            last_step_monotonic_s=time.monotonic(),
+            is_alive=True,
         )
         self.aborted: list[str] = []
         self.stopped: list[tuple[str, int, str, int]] = []

@@ -102,6 +102,7 @@ def test_without_flags_the_configs_are_their_defaults():
 def test_flags_reach_their_fields():
     line = (
         "serve m --weights f32 --max-requests 4 --max-batch-tokens 64 --max-lease-s 2.5 --max-n 3"
+        " --speculate ngram --speculate-tokens 5"
     )
     config = engine_config(parse([*line.split(), "--no-compile-cache", "--max-bad-word-len", "5"]))
     assert config == EngineConfig(
@@ -109,6 +110,8 @@ def test_flags_reach_their_fields():
         max_requests=4,
         max_batch_tokens=64,
         max_lease_s=2.5,
+        speculate="ngram",
+        speculate_tokens=5,
         limits=Limits(max_n=3, max_bad_word_len=5),
     )
 
@@ -171,6 +174,9 @@ def test_sampling_flags_reach_their_fields():
             "got --quantize ''; allowed is a form, or PATTERN=FORM with ;",
         ),
         ("quantize m new --rules ;;", "got --rules ';;'; allowed is a form, or PATTERN=FORM with"),
+        ("serve m --speculate eagle", "got --speculate 'eagle'; allowed is ngram; see"),
+        ("serve m --speculate-tokens many", "got --speculate-tokens 'many'; allowed is a whole"),
+        ("score m --input f --speculate ngram", "got '--speculate ngram'; no such argument is"),
         ("demo m --max-adapters 1", "got '--max-adapters 1'; no such argument is known; see"),
         ("demo m --load-adapter a=f", "got '--load-adapter a=f'; no such argument is known; see"),
         ("score m", "got no --input; it is required; see `pallasite score --help`"),
@@ -193,6 +199,14 @@ def test_a_bad_argument_is_told_in_three_parts(line, message):
             "got max_adapter_rank=64 and no max_adapters; a rank is allowed where there is room",
         ),
         ("generate m --prompt x --max-adapter-rank 16", "got max_adapter_rank=16 and no max_ad"),
+        (
+            "serve m --speculate-tokens 4",
+            "got speculate_tokens=4 and no speculation; it is allowed where tokens are drafted;",
+        ),
+        (
+            "generate m --prompt x --speculate ngram --speculate-tokens 33",
+            "got speculate_tokens=33; allowed is 1 to 32; change it",
+        ),
         ("info m --max-adapter-rank 0 --max-adapters 1", "got max_adapter_rank=0; it must be at"),
     ],
 )

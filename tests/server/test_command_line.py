@@ -91,7 +91,7 @@ def test_generate_continues_with_what_score_finds_likeliest(run, model, flags, s
     assert len(answer["logprobs"][0]["top"]) == 2
     assert answer["finish_reason"] == "length"
     usage = {"prompt_tokens": 12, "cached_tokens": 0, "completion_tokens": 3}
-    assert answer["usage"] == usage
+    assert answer["usage"] == usage | {"draft_tokens": 0, "accepted_tokens": 0}
     assert re.search(r"12 prompt tokens, 3 completion tokens; first token after", result.err)
 
 
@@ -144,6 +144,18 @@ def test_chat_answers_a_line_at_a_time_and_remembers(run, model, flags, monkeypa
     assert first["usage"]["prompt_tokens"] == prompt + opening
     prompt += num_tokens("assistant", "aa") + num_tokens("user", "two")
     assert second["usage"]["prompt_tokens"] == prompt + opening
+
+
+def test_generate_with_speculation_answers_as_without_and_says_what_was_drafted(run, model, flags):
+    line = ["--prompt-ids", ",".join(["5", "6", "7", "8"] * 8), "--temperature", "0", "--json"]
+    line += ["--max-tokens", "60", "--ignore-eos", "--allowed-token-ids", "5,6,7,8", *flags]
+    plain, drafted = (
+        json.loads(run("generate", model, *line, *more).out)["completions"][0]
+        for more in ([], ["--speculate", "ngram", "--speculate-tokens", "3"])
+    )
+    assert drafted["token_ids"] == plain["token_ids"]
+    assert plain["usage"]["draft_tokens"] == 0
+    assert drafted["usage"]["draft_tokens"] >= drafted["usage"]["accepted_tokens"] >= 0
 
 
 def test_info_counts_a_models_parameters_and_bytes(run, model, flags):

@@ -165,6 +165,8 @@ async def test_control_tells_what_the_server_is(tmp_path):
         model = await s.client.model_info()
         models = await s.control.ListModels(control_pb2.ListModelsRequest())
         s.engine.metrics.misses = 3
+        s.engine.metrics.num_drafts, s.engine.metrics.draft_tokens = 2, 9
+        s.engine.metrics.accepted_tokens = 2**31
         load = await s.client.load()
     assert info.epoch == s.engine.epoch
     assert info.version == "0.1.0"
@@ -175,6 +177,8 @@ async def test_control_tells_what_the_server_is(tmp_path):
     assert (model.max_context_len, list(model.eos_token_ids)) == (512, [258])
     assert model.has_chat_template
     assert (load.num_running, load.num_pages, load.num_program_misses) == (0, NUM_PAGES, 3)
+    assert (load.num_drafts, load.draft_tokens, load.accepted_tokens) == (2, 9, 2**31)
+    assert (model.speculate, model.speculate_tokens) == ("", 0)
 
 
 async def test_control_tells_in_what_form_weights_and_the_cache_are(tmp_path):
