@@ -37,7 +37,7 @@ types: .venv/test.stamp .venv/lint.stamp
 bench: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
 	mkdir -p build/bench
-	for b in serving offline startup memory depth adapters; do \
+	for b in serving offline startup memory depth adapters speculation; do \
 		$(BIN)/python -m benchmarks.$$b --output build/bench/$$b.json || exit; done
 
 # Chips that are not there are compiled for; the GPU's compiler is that of compile-gpu.

@@ -55,7 +55,7 @@ def main() -> None:
             "speculate_tokens": drafting.num_drafts,
             "loads": {
                 f"{name}, {size} at once": _compare(without, w, requests, size, args.rounds)
-                for name, requests in _workloads(args.model, args.output_len).items()
+                for name, requests in _workloads(args.model, args.output_len, w).items()
                 for size in SIZES
                 if args.only in f"{name}, {size} at once"
             },
@@ -67,21 +67,25 @@ def main() -> None:
         report.write_json(args.output, result)
 
 
-def _workloads(model: str, output_len: int) -> dict[str, list[Request]]:
-    """Returns the chats of each workload as requests."""
+def _workloads(model: str, output_len: int, engine: Engine) -> dict[str, list[Request]]:
+    """Returns the chats of each workload, those that fit the context, as requests."""
     tokenizer = load_tokenizer(locate(model))
     if tokenizer.chat_template is None:
         raise ConfigError(f"got {model!r}, which has no chat template; it must have one; change it")
     template = ChatTemplate(tokenizer.chat_template, tokenizer)
     workloads: dict[str, list[Request]] = {}
     for name, (prompts, temperature) in WORKLOADS.items():
-        workloads[name] = [
+        requests = [
             Request(
                 prompt_ids=tuple(template.encode([{"role": "user", "content": prompt}])),
                 params=SamplingParams(max_tokens=output_len, temperature=temperature, seed=seed),
             )
             for seed, prompt in enumerate(prompts)
         ]
+        most = engine.max_context_len - output_len
+        workloads[name] = [r for r in requests if len(r.prompt_ids) <= most]
+        if left_out := len(requests) - len(workloads[name]):
+            say(f"left out {left_out} of {name}: a context has {engine.max_context_len} tokens")
     return workloads
 
 

@@ -83,3 +83,21 @@ def test_adapters_cost_what_their_steps_take(model, tmp_path, compile_cache):
         assert len(spread["runs"]) == 4
         assert result["ratio"][name] == pytest.approx(spread["median"] / base)
     assert f"with 2 adapters: {result['ratio']['2 in use']:.3f}" in text
+
+
+def test_speculation_is_compared_with_none_on_every_load(model, tmp_path, compile_cache):
+    flags = ("--rounds", "2", "--output-len", "12", "--speculate-tokens", "3")
+    flags += ("--max-context-len", "512", "--max-batch-tokens", "64")
+    result, text = run_benchmark(
+        "speculation", model, tmp_path / "out.json", *flags, cache=compile_cache
+    )
+    assert len(result["loads"]) == 6
+    for name, load in result["loads"].items():
+        assert f"{name} " in text
+        assert len(load["without_s"]["runs"]) == len(load["with_s"]["runs"]) == 2
+        ratio = load["without_s"]["median"] / load["with_s"]["median"]
+        assert load["speed_up"] == pytest.approx(ratio)
+        assert 0 <= load["accepted_tokens"] <= load["draft_tokens"] <= 3 * load["num_drafts"]
+        assert 0 <= load["acceptance"] <= 1 <= load["mean_accepted_len"] <= 4
+        assert load["output_tokens"] > 0
+    assert (result["compilations"], result["misses"], result["speculate_tokens"]) == (0, 0, 3)
