@@ -286,7 +286,7 @@ class Engine:
         for sequence in self._scheduler.expired(now):
             self._committer.fail(sequence, late_error())
         self._collect_leases(now)
-        is_first = self._previous is None
+        was_idle = self._previous is None
         if self._needs_tokens():
             self._commit_previous()
         plan = self._scheduler.schedule(now)
@@ -298,7 +298,7 @@ class Engine:
         self._deliver()
         self.metrics.num_preemptions = self._scheduler.num_preemptions
         self.metrics.last_step_monotonic_s = time.monotonic()
-        if launched is None and is_first:
+        if launched is None and was_idle:
             self._intake.wait(IDLE_S)
 
     def _needs_tokens(self) -> bool:

@@ -22,6 +22,7 @@ from pallasite.pallas_kernels.paged_attention import reference
 from pallasite.pallas_kernels.target import CPU, GPU, H100, V6E, V7X
 from tests.engine.answers import ROUNDING, assert_same_answers, logprob_errors
 from tests.engine.harness import MAIN, ORACLE, assert_quiet, greedy, random_prompt, tokens
+from tests.engine.speculating import eager, foreseen
 from tests.tiny_checkpoints import TINY
 
 PAGE_BYTES = TINY.num_layers * TINY.num_kv_heads * 128 * 128 * 4
@@ -188,8 +189,8 @@ def test_a_kernel_that_does_not_fit_is_not_told_as_want_of_memory(engines, monke
 def test_kernels_answer_as_the_definition_does(target, engines, be, monkeypatch, request, rng):
     """The target's own kernels in an interpreter, under the engine's buckets, pages and padding."""
     kernels = paged_attention._BODIES[target.platform]
-    requests = [scored(random_prompt(rng, n), max_tokens=4) for n in (1, 31, 130, 7)]
-    right = tokens(engines.get(MAIN).generate(requests))
+    requests = [scored(random_prompt(rng, n), max_tokens=8) for n in (1, 31, 130, 7)]
+    answers = engines.get(MAIN).generate(requests)
     be(target)
 
     def interpreted(q, kv_new, cache, layer, ragged, config, sinks):
@@ -202,9 +203,13 @@ def test_kernels_answer_as_the_definition_does(target, engines, be, monkeypatch,
     request.addfinalizer(lambda: jax.config.update("jax_disable_most_optimizations", unhurried))
     jax.config.update("jax_disable_most_optimizations", True)
     config = replace(MAIN, max_requests=2, max_batch_tokens=8, num_pages=20, compile_cache=None)
+    config = replace(config, speculate="ngram", speculate_tokens=3)
     with Engine.load(engines.checkpoint, config) as engine:
-        got = engine.generate(requests)
+        with foreseen(eager(engine), requests, answers, monkeypatch):
+            got = engine.generate(requests)
         assert engine.metrics.misses == 0
+        assert engine.metrics.accepted_tokens >= 3
+        assert engine.metrics.num_steps > 40
         assert_quiet(engine)
-    assert_same_answers(requests, right, tokens(got))
+    assert_same_answers(requests, tokens(answers), tokens(got))
     assert logprob_errors(requests, got).max() < ROUNDING
