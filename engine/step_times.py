@@ -1,6 +1,7 @@
 """How long the steps that speculation chooses between take, measured before the first request."""
 
 import time
+from itertools import accumulate
 
 import numpy as np
 
@@ -21,7 +22,17 @@ def step_seconds(runtime: Runtime) -> dict[Bucket, float]:
     To be called while no sequence holds pages: it writes to some.
     """
     buckets = [bucket for bucket in runtime.programs.buckets if not bucket.has_prefill]
-    return {bucket: _seconds(runtime, bucket) for bucket in buckets}
+    return never_falling({bucket: _seconds(runtime, bucket) for bucket in buckets})
+
+
+def never_falling(seconds: dict[Bucket, float]) -> dict[Bucket, float]:
+    """Returns times of which none is above that of a step of more tokens.
+
+    A time above a larger step's was disturbed: others may compute on the machine.
+    """
+    largest_first = sorted(seconds, key=lambda b: (b.num_tokens, b.num_drafts), reverse=True)
+    least = accumulate((seconds[bucket] for bucket in largest_first), min)
+    return dict(zip(largest_first, least, strict=True))
 
 
 def _seconds(runtime: Runtime, bucket: Bucket) -> float:

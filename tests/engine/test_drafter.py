@@ -6,6 +6,7 @@ import pytest
 from pallasite.engine.drafter import FIRST_CHANCE, Draft, Drafter
 from pallasite.engine.layout import Bucket
 from pallasite.engine.speculation import Speculator
+from pallasite.engine.step_times import never_falling
 from tests.engine.scheduler_scenes import Job
 from tests.engine.scheduler_simulation import Simulation
 
@@ -111,6 +112,16 @@ def test_the_time_of_a_step_decides_by_the_tokens_that_it_promises():
             Bucket(num_tokens=3, num_rows=2, num_drafts=4): verify_s,
         }
         assert sum(choose(times, 0.5, None)) == drafted
+
+
+def test_a_disturbed_time_is_not_above_a_larger_steps():
+    def bucket(num_tokens, num_drafts=0):
+        return Bucket(num_tokens=num_tokens, num_rows=2, num_drafts=num_drafts)
+
+    times = {bucket(2): 9.0, bucket(4): 2.0, bucket(4, 3): 5.0, bucket(8, 3): 3.0}
+    expected = {bucket(2): 2.0, bucket(4): 2.0, bucket(4, 3): 3.0, bucket(8, 3): 3.0}
+    assert never_falling(times) == expected
+    assert never_falling(expected) == expected
 
 
 def test_a_request_of_one_token_and_a_lease_draft_nothing():
