@@ -6,6 +6,7 @@ once. Answers are the same either way, but for ties of rounding, so that only th
 
 import argparse
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -96,6 +97,7 @@ def _compare(
     groups = [requests[start : start + size] for start in range(0, len(requests), size)]
     metrics = drafting.metrics
     times: dict[bool, list[float]] = {False: [], True: []}
+    cpu_times: dict[bool, list[float]] = {False: [], True: []}
     for engine in (without, drafting):
         timed_generate(engine, groups[0])
     before = (metrics.num_drafts, metrics.draft_tokens, metrics.accepted_tokens)
@@ -103,14 +105,20 @@ def _compare(
     for number in range(1, rounds + 1):
         say(f"{len(groups)} times {size} requests, round {number} of {rounds}")
         for engine, own in ((without, times[False]), (drafting, times[True])):
+            cpu_start_s = time.process_time()
             runs = [timed_generate(engine, group) for group in groups]
+            cpu_times[engine is drafting].append(time.process_time() - cpu_start_s)
             own.append(sum(run.duration_s for run in runs))
             num_tokens = sum(run.num_output_tokens for run in runs)
     after = (metrics.num_drafts, metrics.draft_tokens, metrics.accepted_tokens)
     num_drafts, draft_tokens, accepted_tokens = (b - a for a, b in zip(before, after, strict=True))
     plain_s, drafting_s = (report.spread(times[is_drafting]) for is_drafting in (False, True))
+    plain_cpu_s, drafting_cpu_s = (report.spread(cpu_times[key]) for key in (False, True))
     return {
         "output_tokens": num_tokens,
+        "without_cpu_s": plain_cpu_s,
+        "with_cpu_s": drafting_cpu_s,
+        "cpu_speed_up": plain_cpu_s["median"] / drafting_cpu_s["median"],
         "without_s": plain_s,
         "with_s": drafting_s,
         "speed_up": plain_s["median"] / drafting_s["median"],
@@ -129,12 +137,14 @@ def _show(result: dict[str, Any]) -> None:
             load["output_tokens"] / load["without_s"]["median"],
             load["output_tokens"] / load["with_s"]["median"],
             load["speed_up"],
+            load["cpu_speed_up"],
             load["acceptance"],
             load["mean_accepted_len"],
         ]
         for name, load in result["loads"].items()
     ]
-    headers = ["", "tokens/s", "speculating", "speed-up", "acceptance", "tokens a draft's step"]
+    headers = ["", "tokens/s", "speculating", "speed-up", "of CPU time", "acceptance"]
+    headers += ["tokens a step with a draft"]
     title = f"with up to {result['speculate_tokens']} drafted tokens a step (medians)"
     print(report.table(title, headers, rows))
     print(f"\ncompiled since the start: {result['compilations']}, misses: {result['misses']}")
