@@ -147,8 +147,8 @@ def test_chat_answers_a_line_at_a_time_and_remembers(run, model, flags, monkeypa
 
 
 def test_generate_with_speculation_answers_as_without_and_says_what_was_drafted(run, model, flags):
-    line = ["--prompt-ids", ",".join(["5", "6", "7", "8"] * 8), "--temperature", "0", "--json"]
-    line += ["--max-tokens", "60", "--ignore-eos", "--allowed-token-ids", "5,6,7,8", *flags]
+    line = ["--prompt-ids", ",".join(["5", "6", "7", "8"] * 4), "--temperature", "0", "--json"]
+    line += ["--max-tokens", "40", "--ignore-eos", "--allowed-token-ids", "5,6,7,8", *flags]
     plain, drafted = (
         json.loads(run("generate", model, *line, *more).out)["completions"][0]
         for more in ([], ["--speculate", "ngram", "--speculate-tokens", "3"])
