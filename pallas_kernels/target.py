@@ -4,7 +4,7 @@ Figures are the vendors' public ones, for one device as JAX counts them (a TPU v
 dense, without sparsity, at the form in which the chip is commonly rented (SXM for the GPUs).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +35,8 @@ class Target:
         l2_bytes: of a GPU, its second-level cache.
         clock_hz: of a GPU, the fastest clock of its multiprocessors.
         compute_capability: of a GPU, what its instructions are versioned by.
+        instructions: of a CPU, the instruction set of the bodies in C++ that programs call, see
+            `pallas_kernels/cpu`; empty where XLA's operations serve alone.
         topology: what a compiler without the device is told to compile for.
         device_kinds: what JAX calls its devices.
     """
@@ -57,6 +59,7 @@ class Target:
     l2_bytes: int | None = None
     clock_hz: float | None = None
     compute_capability: str = ""
+    instructions: str = ""
     topology: str = ""
     device_kinds: tuple[str, ...] = ()
 
@@ -78,6 +81,13 @@ CPU = Target(
     multiplies_int8=True,
     device_kinds=("cpu",),
 )
+
+
+def cpu_target(instructions: str) -> Target:
+    """Returns the CPU with bodies for an instruction set, or without any where it is empty."""
+    return replace(CPU, instructions=instructions, pads_rows_to=1) if instructions else CPU
+
+
 GPU = Target(name="gpu", platform="gpu", page_size=32, multiplies_int8=True)
 V5E = Target(
     name="tpu:v5e",

@@ -11,7 +11,7 @@ tokens, those with a single query first. See `Ragged`.
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallasite.pallas_kernels.paged_attention import gpu, reference, tpu
+from pallasite.pallas_kernels.paged_attention import cpu, gpu, reference, tpu
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
 from pallasite.pallas_kernels.target import Target
 
@@ -22,7 +22,7 @@ _BODIES = {
     "gpu": gpu.paged_attention,
     "tpu": tpu.paged_attention,
 }
-"""The body for each platform."""
+"""The body for each platform. A CPU's own stands in front of the reference, where it is built."""
 
 _HELD_AS = ("float32", "bfloat16", "uint16", "int8", "float8_e4m3fn")
 
@@ -49,6 +49,8 @@ def paged_attention(
     """
     _check(q, kv_new, cache, ragged, config, sinks)
     body = _BODIES.get(config.target.platform)
+    if config.target.platform == "cpu" and cpu.takes(cache, config):
+        body = cpu.paged_attention
     if body is None:
         raise NotImplementedError(
             f"got the target {config.target.name} for paged_attention; it has bodies for the"

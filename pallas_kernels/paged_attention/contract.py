@@ -54,7 +54,7 @@ class Ragged:
         page_table: the page of positions [m * page, (m + 1) * page) of each request; entries
             beyond kv_lens are not read. Who makes it checks it, as the engine's page pool does. An
             id outside [0, P) never leaves the cache's bounds: nothing is written for it, and what
-            is read for it is some page of the cache.
+            is read for it is some page of the cache; or the body refuses the whole step.
         num_requests: rows in use.
         num_decode: how many of them, the first ones, have exactly one query.
     """

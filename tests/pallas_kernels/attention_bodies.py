@@ -12,9 +12,10 @@ from dataclasses import replace
 import jax
 from jax.experimental.pallas import tpu as pltpu
 
+from pallasite.pallas_kernels import cpu
 from pallasite.pallas_kernels import paged_attention as package
 from pallasite.pallas_kernels.paged_attention import paged_attention, reference
-from pallasite.pallas_kernels.target import CPU, H100, V6E, V7X
+from pallasite.pallas_kernels.target import CPU, H100, V6E, V7X, cpu_target
 from tests.pallas_kernels.attention_cases import BFLOAT16, BITS, FLOAT32, FP8, INT8, Body, Setting
 
 REFERENCE = Body(
@@ -128,9 +129,34 @@ _GPU = Body(
     ),
 )
 
+_CPU = Body(
+    name="CPU",
+    op=paged_attention,
+    target=CPU,
+    num_examples=15,
+    refuses_pages=True,
+    settings=(
+        Setting(T=150, K=1, G=1, H=16, page=16, held_as=FLOAT32),
+        Setting(T=150, K=3, G=3, H=64, page=16, held_as=BITS, has_sinks=True, max_len=700),
+        Setting(T=150, K=1, G=4, H=64, page=32, held_as=FLOAT32, windows=(37, 74)),
+        Setting(T=30, K=3, G=1, H=16, page=32, held_as=BITS, windows=(130, None), soft_cap=2.0),
+        Setting(T=150, K=3, G=2, H=80, page=16, held_as=INT8, given_as=BFLOAT16),
+        Setting(T=70, K=1, G=8, H=256, page=16, held_as=BITS, given_as=BFLOAT16, has_sinks=True),
+        Setting(T=5, K=1, G=3, H=64, page=16, held_as=BITS, max_len=2500, has_sinks=True),
+        Setting(T=5, K=3, G=3, H=64, page=16, held_as=FLOAT32, windows=(300, 40), max_len=1300),
+        Setting(T=5, K=3, G=2, H=128, page=16, held_as=INT8, soft_cap=3.0, windows=(700, None)),
+        Setting(T=5, K=1, G=13, H=16, page=32, held_as=BITS),
+    ),
+)
+
 
 def _all() -> list[Body]:
     bodies = [REFERENCE, TPU_LAYOUT]
+    bodies += [
+        replace(_CPU, name=f"CPU {name}", target=cpu_target(name))
+        for name in cpu.INSTRUCTIONS
+        if cpu.runs(name)
+    ]
     by_platform = {"tpu": _TPU_BODIES, "gpu": (_GPU,)}
     for platform, interpreted in by_platform.items():
         if platform not in package._BODIES:

@@ -86,6 +86,7 @@ class Body:
         num_examples: how many batches Hypothesis makes for each test and setting.
         is_exact: whether its sums are f32's even where inputs are not. The others may round queries
             and probabilities to bfloat16, unless queries and cache are f32.
+        refuses_pages: whether a page that the cache does not have is an error.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Body:
     settings: tuple[Setting, ...]
     num_examples: int = 20
     is_exact: bool = False
+    refuses_pages: bool = False
 
     def config(self, setting: Setting) -> AttentionConfig:
         return AttentionConfig(

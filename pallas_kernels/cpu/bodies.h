@@ -1,0 +1,132 @@
+// What the bodies of one instruction set are, as the bindings call them, and what they are given.
+//
+// Each body_*.cc compiles the same kernels for one instruction set, in a namespace of its own, and
+// hands out a table of functions. Which table is used is decided once, by what the processor has.
+
+#ifndef PALLASITE_BODIES_H_
+#define PALLASITE_BODIES_H_
+
+#include <cstddef>
+#include <cstdint>
+
+namespace pallasite {
+
+// Rows of a matrix side by side in a strip: the lanes of the kernels.
+constexpr int64_t kLanes = 16;
+// Inputs that share a scale.
+constexpr int64_t kGroup = 32;
+enum class Kind : int32_t { kNibbles = 0, kBytes = 1, kBfloat16 = 2 };
+enum class Activation : int32_t { kSilu = 0, kGelu = 1 };
+
+// One layer's matrix in strips of 16 rows. Integers stand, for each strip and each group of 32
+// inputs, in the order that the kernels read them:
+//   nibbles: [strips, groups, 4, 16 rows, 4]: a byte has input 4 j + i of the group in its low
+//            bits, for the j-th vector and the i-th byte, and input 16 + 4 j + i in its high ones.
+//   bytes:   [strips, groups, 8, 16 rows, 4]: input 4 j + i, plus 128.
+//   floats:  [strips, inputs / 2, 16 rows, 2] of bfloat16.
+// Scales and minimums are [strips, groups, 16 rows], of float16 or f32.
+struct Matrix {
+  Kind kind;
+  bool has_half_scales;
+  int64_t num_strips;
+  int64_t num_inputs;
+  const uint8_t* values;
+  const void* scales;
+  const void* minimums;  // of nibbles
+};
+
+// Rows of x as products take them: int8 with scales, or bfloat16.
+struct Rounded {
+  int64_t num_inputs;
+  int8_t* values;         // [T, inputs]
+  float* scales;          // [T, groups]
+  float* sums;            // [T, groups]: a group's scale times the sum of its integers
+  int32_t* whole_sums;    // [T, groups]: the sums of the integers
+  uint16_t* halves;       // [T, inputs], bfloat16
+};
+
+// How rows become what products take.
+struct Rounding {
+  const float* x;         // [T, inputs]
+  int64_t num_inputs;
+  const float* norm;      // [inputs]: a root-mean-square norm's scale; null for no norm
+  float epsilon;
+  bool to_bfloat16;
+};
+
+// Products of rounded rows with matrices that lie one after another in the outputs.
+struct Product {
+  Rounded x;
+  const Matrix* matrices;  // with `is_gated`: gate and up
+  int64_t num_matrices;
+  float* out;              // [T, outputs]
+  int64_t num_outputs;
+  const float* residual;   // [T, outputs], added; null for none
+  bool is_gated;           // activation(gate) * up
+  Activation activation;
+};
+
+enum class CacheType : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+
+// One layer of a paged cache, [P, K, 2, page, H].
+struct Cache {
+  CacheType type;
+  std::byte* values;
+  float* scales;           // [P, K, 2, page] for int8
+  int64_t num_pages;
+  int64_t num_kv_heads;
+  int64_t page_size;
+  int64_t head_width;
+};
+
+struct Attention {
+  Cache cache;
+  const float* q;          // [T, N, H]
+  const float* kv_new;     // [T, K, 2, H]
+  float* out;              // [T, N, H]
+  int64_t num_heads;
+  const int32_t* positions;
+  const int32_t* kv_lens;
+  const int32_t* query_starts;
+  const int32_t* page_table;  // [B, M]
+  int64_t pages_per_request;
+  float scale;
+  float soft_cap;          // 0 for none
+  int64_t window;          // 0 for none
+  const float* sinks;      // [N], or null
+};
+
+// Some queries of one request and one key head, and the keys [key_begin, key_end) that one thread
+// attends for them. `part` is null where these are all keys that the queries see; else the thread
+// leaves there, for each query and head, the largest score, the sum of weights and the values.
+struct Task {
+  int32_t request;
+  int32_t kv_head;
+  int32_t first_token;  // of the flat axis
+  int32_t num_tokens;
+  int32_t key_begin;
+  int32_t key_end;
+  bool has_sinks;       // whether the sinks count among these keys
+  int32_t part_index;   // of the parts that are merged later; -1 for none
+  float* part;          // [num_tokens * N / K, 2 + H]
+};
+
+struct Bodies {
+  // Rounds rows [begin, end).
+  void (*round_rows)(const Rounding&, const Rounded&, int64_t begin, int64_t end);
+  // Fills outputs of strips [begin, end) of matrix `index`, for rows [row_begin, row_end).
+  void (*multiply)(const Product&, int64_t index, int64_t begin, int64_t end, int64_t row_begin,
+                   int64_t row_end);
+  // Writes the new keys and values of tokens [begin, end) of a request.
+  void (*write_rows)(const Attention&, int64_t request, int64_t begin, int64_t end);
+  // Bytes of scratch that `attend` needs for a task of so many queries.
+  size_t (*attend_scratch)(const Attention&, int64_t num_tokens);
+  void (*attend)(const Attention&, const Task&, std::byte* scratch);
+  // Makes the outputs of a token and a key head of the parts that tasks have left.
+  void (*merge)(const Attention&, int64_t token, int64_t kv_head, const float* parts,
+                int64_t num_parts);
+};
+
+}  // namespace pallasite
+
+#endif  // PALLASITE_BODIES_H_

@@ -1,0 +1,6 @@
+// The bodies for x86-64 with AVX2, FMA and F16C: Intel from Haswell on, AMD from Zen on.
+
+#define PALLASITE_TARGET "avx2,fma,f16c"
+#define PALLASITE_NAMESPACE avx2
+#define PALLASITE_SIMD "simd_avx2.h"
+#include "body.h"

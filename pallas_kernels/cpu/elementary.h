@@ -1,0 +1,21 @@
+// Elementary functions on sixteen lanes. Included within a namespace of its own, after simd_*.h.
+
+// exp(x), to two units in the last place; 0 below -87.3 and infinite above 88.7, NaN for NaN.
+// The polynomial is the truncated series on half an octave around 0, with ln 2 split in two so that
+// the reduction is exact.
+PALLASITE_INLINE Floats exponential(Floats x) {
+  // The order of the arguments keeps NaNs.
+  x = max(splat(-104.0f), min(splat(104.0f), x));
+  const Floats n = round_to_whole(mul(x, splat(1.44269504f)));
+  Floats r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  Floats p = splat(1.0f / 5040);
+  p = fma(p, r, splat(1.0f / 720));
+  p = fma(p, r, splat(1.0f / 120));
+  p = fma(p, r, splat(1.0f / 24));
+  p = fma(p, r, splat(1.0f / 6));
+  p = fma(p, r, splat(0.5f));
+  p = fma(p, r, splat(1.0f));
+  p = fma(p, r, splat(1.0f));
+  return scale_by_power(p, n);
+}

@@ -1,0 +1,220 @@
+// Products as XLA sees them: a custom call that rounds rows, multiplies them and hands strips of the
+// matrices to a team of threads.
+
+#include <cstdint>
+#include <new>
+#include <string>
+#include <string_view>
+#include <tuple>
+#include <vector>
+
+#include "bindings.h"
+
+namespace pallasite {
+namespace {
+
+// Takes a matrix [L, strips, ...] of `num_layers` layers, or [strips, ...] of none, and returns the
+// layer's.
+Matrix take_matrix(Arguments& args, int64_t layer) {
+  Matrix matrix{};
+  const ffi::AnyBuffer values = args.take("a matrix's values", {Type::U8, Type::U16});
+  if (!args.error().empty()) return matrix;
+  const auto shape = values.dimensions();
+  const bool is_bfloat16 = values.element_type() == Type::U16;
+  const size_t own_rank = is_bfloat16 ? 4 : 5;
+  const bool is_stacked = shape.size() == own_rank + 1;
+  if (!is_stacked && shape.size() != own_rank) {
+    args.fail("got a matrix's values " + shown(shape) + "; they must have " +
+              std::to_string(own_rank) + " axes, and one of layers");
+    return matrix;
+  }
+  const size_t first = is_stacked ? 1 : 0;
+  const int64_t num_layers = is_stacked ? shape[0] : 1;
+  const int64_t index = is_stacked ? layer : 0;
+  if (index < 0 || index >= num_layers) {
+    args.fail("got layer " + std::to_string(layer) + " of " + std::to_string(num_layers));
+    return matrix;
+  }
+  matrix.num_strips = shape[first];
+  const int64_t num_groups = shape[first + 1];
+  const int64_t size = values.element_count() / num_layers * (is_bfloat16 ? 2 : 1);
+  matrix.values = data<uint8_t>(values) + index * size;
+  if (is_bfloat16) {
+    matrix.kind = Kind::kBfloat16;
+    matrix.num_inputs = 2 * num_groups;
+    if (shape[first + 2] != kLanes || shape[first + 3] != 2) {
+      args.fail("got a matrix's values " + shown(shape) + "; they must end in [16, 2]");
+    }
+    return matrix;
+  }
+  const int64_t num_vectors = shape[first + 2];
+  if ((num_vectors != 4 && num_vectors != 8) || shape[first + 3] != kLanes ||
+      shape[first + 4] != 4) {
+    args.fail("got a matrix's values " + shown(shape) +
+              "; they must end in [4, 16, 4] or [8, 16, 4]");
+    return matrix;
+  }
+  matrix.kind = num_vectors == 4 ? Kind::kNibbles : Kind::kBytes;
+  matrix.num_inputs = num_groups * kGroup;
+  std::vector<int64_t> scales_shape;
+  if (is_stacked) scales_shape.push_back(num_layers);
+  scales_shape.insert(scales_shape.end(), {matrix.num_strips, num_groups, kLanes});
+  const auto take_layer = [&](const char* name) {
+    const ffi::AnyBuffer all = args.take(name, {Type::F16, Type::F32}, scales_shape);
+    const bool is_half = all.element_type() == Type::F16;
+    const int64_t offset = index * matrix.num_strips * num_groups * kLanes * (is_half ? 2 : 4);
+    return std::pair(is_half, data<uint8_t>(all) + offset);
+  };
+  std::tie(matrix.has_half_scales, matrix.scales) = take_layer("a matrix's scales");
+  if (matrix.kind == Kind::kNibbles) {
+    const auto [is_half, minimums] = take_layer("a matrix's minimums");
+    if (is_half != matrix.has_half_scales) {
+      args.fail("got a matrix's scales and minimums of two types; they must be of one");
+    }
+    matrix.minimums = minimums;
+  }
+  return matrix;
+}
+
+// Rows of x that are multiplied before the next ones: they stay in the second-level cache while all
+// strips pass.
+int64_t rows_at_once(const Product& product) {
+  constexpr int64_t kBytes = 384 << 10, kTile = 12;
+  const bool is_bfloat16 = product.matrices[0].kind == Kind::kBfloat16;
+  const int64_t row_bytes = product.x.num_inputs * (is_bfloat16 ? 2 : 1);
+  return std::max<int64_t>(kBytes / row_bytes / kTile, 1) * kTile;
+}
+
+void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Product product,
+                 int64_t num_rows) {
+  const int64_t num_inputs = rounding.num_inputs, num_groups = num_inputs / kGroup;
+  product.x.num_inputs = num_inputs;
+  if (rounding.to_bfloat16) {
+    product.x.halves =
+        reinterpret_cast<uint16_t*>(call.reserve(static_cast<size_t>(num_rows * num_inputs * 2)));
+  } else {
+    const int64_t groups_size = num_rows * num_groups * 4;
+    std::byte* at =
+        call.reserve(static_cast<size_t>(num_rows * num_inputs + 3 * groups_size));
+    product.x.values = reinterpret_cast<int8_t*>(at);
+    at += num_rows * num_inputs;
+    product.x.scales = reinterpret_cast<float*>(at);
+    product.x.sums = reinterpret_cast<float*>(at + groups_size);
+    product.x.whole_sums = reinterpret_cast<int32_t*>(at + 2 * groups_size);
+  }
+  // Few values are rounded sooner than handed out.
+  const int64_t rows_a_chunk = std::max<int64_t>((16 << 10) / num_inputs, 1);
+  call.run((num_rows + rows_a_chunk - 1) / rows_a_chunk, [&](int64_t chunk) {
+    const int64_t begin = chunk * rows_a_chunk;
+    bodies.round_rows(rounding, product.x, begin, std::min(begin + rows_a_chunk, num_rows));
+  });
+
+  const int64_t num_parts = product.is_gated ? 1 : product.num_matrices;
+  int64_t num_strips = 0;
+  for (int64_t i = 0; i < num_parts; ++i) num_strips += product.matrices[i].num_strips;
+  const int64_t rows = std::min(rows_at_once(product), num_rows);
+  const int64_t num_blocks = (num_rows + rows - 1) / rows;
+  const int64_t wanted = 6 * call.num_threads();
+  const int64_t strips = std::max<int64_t>(num_strips / wanted, 1);
+  const int64_t num_chunks = (num_strips + strips - 1) / strips;
+  call.run(num_blocks * num_chunks, [&](int64_t chunk) {
+    const int64_t row = chunk / num_chunks * rows;
+    int64_t begin = chunk % num_chunks * strips;
+    int64_t end = std::min(begin + strips, num_strips);
+    // Strips are counted over all matrices.
+    for (int64_t i = 0; i < num_parts && begin < end; ++i) {
+      const int64_t own = product.matrices[i].num_strips;
+      if (begin < own) {
+        bodies.multiply(product, i, begin, std::min(end, own), row,
+                        std::min(row + rows, num_rows));
+      }
+      begin = std::max<int64_t>(begin - own, 0);
+      end -= own;
+    }
+  });
+}
+
+ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
+                    ffi::Result<ffi::BufferR2<Type::F32>> out, std::string_view instructions,
+                    bool has_norm, bool has_residual, int32_t gate, float epsilon) try {
+  const Bodies* bodies = choose(instructions).bodies;
+  if (bodies == nullptr) {
+    return invalid("got a program for a processor with " + std::string(instructions) +
+                   "; this one lacks it; compile the program here");
+  }
+  Arguments args(remaining);
+  const ffi::AnyBuffer x = args.take("x", {Type::F32});
+  const ffi::AnyBuffer layer = args.take("the layer", {Type::S32}, {});
+  if (!args.error().empty()) return invalid(args.error());
+  if (x.dimensions().size() != 2) {
+    return invalid("got x " + shown(x.dimensions()) + "; it must be [T, inputs]");
+  }
+  const int64_t num_rows = x.dimensions()[0], num_inputs = x.dimensions()[1];
+  const int64_t num_outputs = out->dimensions()[1];
+  Rounding rounding{data<float>(x), num_inputs, nullptr, epsilon, false};
+  if (has_norm) {
+    rounding.norm = data<float>(args.take("the norm", {Type::F32}, {num_inputs}));
+  }
+  Product product{};
+  product.out = out->typed_data();
+  product.num_outputs = num_outputs;
+  if (has_residual) {
+    product.residual = data<float>(args.take("the residual", {Type::F32}, {num_rows, num_outputs}));
+  }
+  std::vector<Matrix> matrices;
+  while (args.has_more() && args.error().empty()) {
+    matrices.push_back(take_matrix(args, *data<int32_t>(layer)));
+  }
+  if (!args.error().empty()) return invalid(args.error());
+  product.matrices = matrices.data();
+  product.num_matrices = static_cast<int64_t>(matrices.size());
+  product.is_gated = gate >= 0;
+  product.activation = static_cast<Activation>(gate);
+  if (matrices.empty() || (product.is_gated && matrices.size() != 2)) {
+    return invalid("got " + std::to_string(matrices.size()) + " matrices; a gate takes two, any"
+                   " other product one at least");
+  }
+  const Matrix& first = matrices[0];
+  rounding.to_bfloat16 = first.kind == Kind::kBfloat16;
+  int64_t strips = 0;
+  for (const Matrix& matrix : matrices) {
+    strips += matrix.num_strips;
+    if (matrix.num_inputs != num_inputs) {
+      return invalid("got " + std::to_string(num_inputs) + " inputs for a matrix of " +
+                     std::to_string(matrix.num_inputs));
+    }
+    if ((matrix.kind == Kind::kBfloat16) != rounding.to_bfloat16) {
+      return invalid("got matrices of bfloat16 and of integers in one product");
+    }
+    if (product.is_gated && matrix.num_strips != first.num_strips) {
+      return invalid("got a gate and its values with different numbers of outputs");
+    }
+  }
+  if (num_inputs % kGroup != 0) {
+    return invalid("got " + std::to_string(num_inputs) + " inputs; 32 must divide them");
+  }
+  const int64_t expected = (product.is_gated ? first.num_strips : strips) * kLanes;
+  if (out->dimensions()[0] != num_rows || num_outputs != expected) {
+    return invalid("got outputs " + shown(out->dimensions()) + "; they must be [" +
+                   std::to_string(num_rows) + ", " + std::to_string(expected) + "]");
+  }
+  Call call(pool);
+  run_product(call, *bodies, rounding, product, num_rows);
+  return ffi::Error::Success();
+} catch (const std::bad_alloc&) {
+  return ffi::Error(ffi::ErrorCode::kResourceExhausted, "got no memory for a product's inputs");
+}
+
+}  // namespace
+}  // namespace pallasite
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasiteMultiply, pallasite::multiply,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .RemainingArgs()
+                                  .Ret<ffi::BufferR2<ffi::DataType::F32>>()
+                                  .Attr<std::string_view>("instructions")
+                                  .Attr<bool>("has_norm")
+                                  .Attr<bool>("has_residual")
+                                  .Attr<int32_t>("gate")
+                                  .Attr<float>("epsilon"));

@@ -1,0 +1,164 @@
+// Sixteen lanes in the registers of AVX-512: with VNNI where PALLASITE_VNNI is defined, and with
+// BF16 where PALLASITE_BF16 is. Included within a namespace of its own; see bodies.h for the names.
+
+using Floats = __m512;
+using Ints = __m512i;
+using Bytes = __m512i;
+
+// Rows of x that a tile of products takes at once: two sums for each stay in registers.
+constexpr int kMaxRows = 12;
+
+PALLASITE_INLINE Floats zeros() { return _mm512_setzero_ps(); }
+PALLASITE_INLINE Floats splat(float x) { return _mm512_set1_ps(x); }
+PALLASITE_INLINE Floats load(const float* x) { return _mm512_loadu_ps(x); }
+PALLASITE_INLINE void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
+PALLASITE_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
+PALLASITE_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
+PALLASITE_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+PALLASITE_INLINE Floats div(Floats a, Floats b) { return _mm512_div_ps(a, b); }
+PALLASITE_INLINE Floats fma(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
+PALLASITE_INLINE Floats max(Floats a, Floats b) { return _mm512_max_ps(a, b); }
+PALLASITE_INLINE Floats min(Floats a, Floats b) { return _mm512_min_ps(a, b); }
+PALLASITE_INLINE Floats abs(Floats a) { return _mm512_abs_ps(a); }
+PALLASITE_INLINE float total(Floats a) { return _mm512_reduce_add_ps(a); }
+PALLASITE_INLINE float largest(Floats a) { return _mm512_reduce_max_ps(a); }
+// x times two to the power of n, n a whole number.
+PALLASITE_INLINE Floats scale_by_power(Floats x, Floats n) { return _mm512_scalef_ps(x, n); }
+PALLASITE_INLINE Floats round_to_whole(Floats x) {
+  return _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+PALLASITE_INLINE Floats load_float16(const uint16_t* x) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+}
+PALLASITE_INLINE Floats load_bfloat16(const uint16_t* x) {
+  const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+}
+PALLASITE_INLINE Floats load_int8(const int8_t* x) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+}
+// Rounds to the nearest, ties to even; NaNs stay NaNs.
+PALLASITE_INLINE void store_bfloat16(uint16_t* out, Floats x) {
+  const __m512i bits = _mm512_castps_si512(x);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);
+  rounded = _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x400000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
+}
+PALLASITE_INLINE Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
+PALLASITE_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
+PALLASITE_INLINE Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }
+PALLASITE_INLINE Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+PALLASITE_INLINE void store_int8(int8_t* out, Ints x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
+}
+PALLASITE_INLINE int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) { return _mm512_loadu_si512(x); }
+PALLASITE_INLINE Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+PALLASITE_INLINE Bytes high_nibbles(Bytes x) {
+  return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15));
+}
+
+PALLASITE_INLINE int32_t load_word(const int8_t* x) {
+  int32_t word;
+  std::memcpy(&word, x, sizeof(word));
+  return word;
+}
+
+// Adds to each lane its four bytes of `codes`, each below 16, times the four of x.
+PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, const int8_t* x) {
+  const __m512i word = _mm512_set1_epi32(load_word(x));
+#if defined(PALLASITE_VNNI)
+  return _mm512_dpbusd_epi32(sums, codes, word);
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(codes, word);
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+
+#if defined(PALLASITE_VNNI)
+// What a byte that stands for 0 holds, as `dot_bytes` sees it.
+constexpr int32_t kByteZero = 128;
+// The same for bytes of any value.
+PALLASITE_INLINE Ints dot_bytes(Ints sums, Bytes codes, const int8_t* x) {
+  return _mm512_dpbusd_epi32(sums, codes, _mm512_set1_epi32(load_word(x)));
+}
+#else
+constexpr int32_t kByteZero = 0;
+PALLASITE_INLINE Ints dot_bytes(Ints sums, Bytes codes, const int8_t* x) {
+  // Sixteen bits do not hold a sum of two products of these bytes, so they are widened first.
+  const __m512i word = _mm512_set1_epi32(load_word(x));
+  const __m512i values = _mm512_xor_si512(codes, _mm512_set1_epi8(static_cast<char>(0x80)));
+  const __m512i even = _mm512_madd_epi16(_mm512_srai_epi16(_mm512_slli_epi16(values, 8), 8),
+                                         _mm512_srai_epi16(_mm512_slli_epi16(word, 8), 8));
+  const __m512i odd =
+      _mm512_madd_epi16(_mm512_srai_epi16(values, 8), _mm512_srai_epi16(word, 8));
+  return _mm512_add_epi32(sums, _mm512_add_epi32(even, odd));
+}
+#endif
+
+// Adds to each lane its pair of bfloat16 weights times the pair of x.
+PALLASITE_INLINE Floats dot_bfloat16(Floats sums, Bytes weights, const uint16_t* x) {
+  const __m512i pair = _mm512_set1_epi32(load_word(reinterpret_cast<const int8_t*>(x)));
+#if defined(PALLASITE_BF16)
+  return _mm512_dpbf16_ps(sums, (__m512bh)weights, (__m512bh)pair);
+#else
+  const __m512i high = _mm512_set1_epi32(static_cast<int32_t>(0xffff0000));
+  sums = fma(_mm512_castsi512_ps(_mm512_slli_epi32(weights, 16)),
+             _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16)), sums);
+  return fma(_mm512_castsi512_ps(_mm512_and_si512(weights, high)),
+             _mm512_castsi512_ps(_mm512_and_si512(pair, high)), sums);
+#endif
+}
+
+// Writes out[c][r] = rows[r][c] for 16 rows of 16 words, each row `stride` words after the last.
+PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint32_t* out) {
+  __m512i a[16], b[16];
+#pragma GCC unroll 16
+  for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows + r * stride);
+  // Pairs of rows, then pairs of pairs, within each quarter of a register.
+#pragma GCC unroll 8
+  for (int r = 0; r < 16; r += 2) {
+    b[r] = _mm512_unpacklo_epi32(a[r], a[r + 1]);
+    b[r + 1] = _mm512_unpackhi_epi32(a[r], a[r + 1]);
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < 16; r += 4) {
+    a[r] = _mm512_unpacklo_epi64(b[r], b[r + 2]);
+    a[r + 1] = _mm512_unpackhi_epi64(b[r], b[r + 2]);
+    a[r + 2] = _mm512_unpacklo_epi64(b[r + 1], b[r + 3]);
+    a[r + 3] = _mm512_unpackhi_epi64(b[r + 1], b[r + 3]);
+  }
+  // a[4 i + c] has columns c, 4 + c, 8 + c, 12 + c of rows 4 i to 4 i + 3, a quarter each.
+#pragma GCC unroll 4
+  for (int c = 0; c < 4; ++c) {
+    const __m512i first = _mm512_shuffle_i32x4(a[c], a[4 + c], 0x88);
+    const __m512i second = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
+    const __m512i third = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
+    const __m512i fourth = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
+    _mm512_storeu_si512(out + 16 * c, _mm512_shuffle_i32x4(first, third, 0x88));
+    _mm512_storeu_si512(out + 16 * (8 + c), _mm512_shuffle_i32x4(first, third, 0xdd));
+    _mm512_storeu_si512(out + 16 * (4 + c), _mm512_shuffle_i32x4(second, fourth, 0x88));
+    _mm512_storeu_si512(out + 16 * (12 + c), _mm512_shuffle_i32x4(second, fourth, 0xdd));
+  }
+}
+
+// Writes sixteen pairs (a[i], b[i]).
+PALLASITE_INLINE void interleave_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+  const __m512i low =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
+  const __m512i high =
+      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
+  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+}
+
+// x in the lanes [begin, end), `other` in the rest.
+PALLASITE_INLINE Floats select_lanes(Floats x, float other, int64_t begin, int64_t end) {
+  const uint32_t below_end = end >= 16 ? 0xffff : (1u << (end < 0 ? 0 : end)) - 1;
+  const uint32_t below_begin = begin >= 16 ? 0xffff : (1u << (begin < 0 ? 0 : begin)) - 1;
+  const __mmask16 kept = static_cast<__mmask16>(below_end & ~below_begin);
+  return _mm512_mask_blend_ps(kept, splat(other), x);
+}

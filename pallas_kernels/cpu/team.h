@@ -1,0 +1,172 @@
+// A team of threads that work through one operation: the one that XLA calls, and others of the pool
+// that XLA hands over.
+//
+// A decode step is some hundred operations of ten microseconds each, and waking a sleeping thread
+// takes as long. So a helper that has finished lingers for a while, spinning, and joins the next
+// operation within a tenth of a microsecond. Nothing ever waits for a helper to come: what no helper
+// takes, the caller does itself.
+
+#ifndef PALLASITE_TEAM_H_
+#define PALLASITE_TEAM_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <thread>
+
+namespace pallasite {
+
+inline void pause_thread() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Memory that is kept between operations, so that none is allocated in a step.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { std::free(data_); }
+
+  // Returns `size` bytes on a line of their own. What was there before is lost.
+  std::byte* reserve(size_t size) {
+    if (size > size_) {
+      std::free(data_);
+      data_ = nullptr;
+      size_ = 0;
+      const size_t rounded = (size + 4095) / 4096 * 4096;
+      data_ = static_cast<std::byte*>(std::aligned_alloc(4096, rounded));
+      if (data_ == nullptr) throw std::bad_alloc();
+      size_ = rounded;
+    }
+    return data_;
+  }
+
+ private:
+  std::byte* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+class Team {
+ public:
+  Scratch scratch;
+
+  // Calls work(0) to work(num_chunks - 1), each once, in this thread and in up to `num_helpers`
+  // others; returns when all are done. `schedule` hands a callable to a thread of the pool.
+  template <typename Schedule, typename Work>
+  void run(int64_t num_chunks, int64_t num_helpers, const Schedule& schedule, const Work& work) {
+    if (num_chunks <= 0) return;
+    if (num_helpers <= 0 || num_chunks == 1) {
+      for (int64_t chunk = 0; chunk < num_chunks; ++chunk) work(chunk);
+      return;
+    }
+    call_ = [](const void* self, int64_t chunk) { (*static_cast<const Work*>(self))(chunk); };
+    work_ = &work;
+    num_chunks_ = num_chunks;
+    next_.store(0, std::memory_order_relaxed);
+    const uint64_t generation = (state_.load(std::memory_order_relaxed) & ~kLow) + kGeneration;
+    state_.store(generation | kOpen, std::memory_order_release);
+    const int64_t wanted = num_helpers < num_chunks - 1 ? num_helpers : num_chunks - 1;
+    while (present_.load(std::memory_order_relaxed) < wanted) {
+      present_.fetch_add(1, std::memory_order_relaxed);
+      schedule([this] { help(); });
+    }
+    take_chunks();
+    // Nobody joins any more; those who have are waited for.
+    uint64_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int64_t spins = 0; (state & kActive) != 0; ++spins) {
+      if (spins < kSpinsBeforeYield) {
+        pause_thread();
+      } else {
+        std::this_thread::yield();
+      }
+      state = state_.load(std::memory_order_acquire);
+    }
+  }
+
+  // Takes a team that nobody uses, or null where all are taken.
+  static Team* take() {
+    // Never destroyed: a helper may still linger when the process ends.
+    static Team* const teams = new Team[kNumTeams];
+    for (Team* team = teams; team != teams + kNumTeams; ++team) {
+      if (!team->is_taken_.load(std::memory_order_relaxed) &&
+          !team->is_taken_.exchange(true, std::memory_order_acquire)) {
+        num_taken().fetch_add(1, std::memory_order_relaxed);
+        return team;
+      }
+    }
+    return nullptr;
+  }
+
+  void give_back() {
+    num_taken().fetch_sub(1, std::memory_order_relaxed);
+    is_taken_.store(false, std::memory_order_release);
+  }
+
+ private:
+  static constexpr uint64_t kActive = 0x7fff;  // how many helpers are at work
+  static constexpr uint64_t kOpen = 0x8000;    // whether they may join
+  static constexpr uint64_t kLow = 0xffff;
+  static constexpr uint64_t kGeneration = 0x10000;
+  static constexpr int64_t kSpinsBeforeYield = 4000;
+  static constexpr std::chrono::microseconds kLinger{100};
+  static constexpr int kNumTeams = 64;
+
+  static std::atomic<int>& num_taken() {
+    static std::atomic<int> count{0};
+    return count;
+  }
+
+  void take_chunks() {
+    for (;;) {
+      const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
+      if (chunk >= num_chunks_) return;
+      call_(work_, chunk);
+    }
+  }
+
+  // What a helper does: joins operations until none has come for a while.
+  void help() {
+    uint64_t last = 0;
+    auto since = std::chrono::steady_clock::now();
+    for (int spins = 1;; ++spins) {
+      uint64_t state = state_.load(std::memory_order_acquire);
+      if ((state & kOpen) != 0 && (state & ~kLow) != last) {
+        if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+          last = state & ~kLow;
+          take_chunks();
+          state_.fetch_sub(1, std::memory_order_acq_rel);
+          since = std::chrono::steady_clock::now();
+          spins = 0;
+        }
+        continue;
+      }
+      pause_thread();
+      if (spins % 32 == 0) {
+        // Where several devices share the processor, a thread that spins takes another's turn.
+        const bool is_shared = num_taken().load(std::memory_order_relaxed) > 1;
+        if (is_shared || std::chrono::steady_clock::now() - since > kLinger) break;
+      }
+    }
+    present_.fetch_sub(1, std::memory_order_relaxed);
+  }
+
+  alignas(64) std::atomic<uint64_t> state_{0};
+  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> present_{0};
+  std::atomic<bool> is_taken_{false};
+  int64_t num_chunks_ = 0;
+  const void* work_ = nullptr;
+  void (*call_)(const void*, int64_t) = nullptr;
+};
+
+}  // namespace pallasite
+
+#endif  // PALLASITE_TEAM_H_
