@@ -35,6 +35,8 @@ class EngineConfig:
     Attributes:
         weights: the form of weights that `quantize` and the checkpoint give no other. The inputs
             of matrix products have the same type; sums, norms and the residual stream are f32.
+            "auto" is bf16, but leaves what a GGUF has quantized as it is on a CPU that multiplies
+            it so.
         quantize: rules (pattern, form), see `models/forms.py`: the first whose pattern is found in
             a weight's name gives its form.
         cache: what keys and values are rounded to; "auto" is the type of `weights`, "fp8" is for
@@ -63,7 +65,7 @@ class EngineConfig:
             keeps none. Whoever may write it may run code here.
     """
 
-    weights: BaseForm = "bf16"
+    weights: Literal["auto", "bf16", "f32"] = "auto"
     quantize: tuple[Rule, ...] = ()
     cache: Literal["auto", "int8", "fp8"] = "auto"
     mesh: MeshShape = MeshShape()
@@ -105,8 +107,10 @@ class EngineConfig:
             raise ConfigError(
                 "got both num_pages and cache_tokens; they say the same thing; leave one out"
             )
-        if self.weights not in ("f32", "bf16"):
-            raise ConfigError(f"got weights={self.weights!r}; allowed are f32 and bf16; choose one")
+        if self.weights not in ("auto", "bf16", "f32"):
+            raise ConfigError(
+                f"got weights={self.weights!r}; allowed are auto, bf16 and f32; choose one"
+            )
         if self.cache not in ("auto", "int8", "fp8"):
             raise ConfigError(
                 f"got cache={self.cache!r}; allowed are auto, int8 and fp8; choose one"
@@ -149,9 +153,14 @@ class EngineConfig:
         return self.speculate_tokens or DEFAULT_SPECULATE_TOKENS
 
     @property
+    def base_form(self) -> BaseForm:
+        """The form of weights that nothing gives another."""
+        return "f32" if self.weights == "f32" else "bf16"
+
+    @property
     def cache_form(self) -> CacheForm:
         """What keys and values are rounded to."""
-        return self.weights if self.cache == "auto" else self.cache
+        return self.base_form if self.cache == "auto" else self.cache
 
     @property
     def adapter_rank(self) -> int:

@@ -24,7 +24,8 @@ from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
-from pallasite.pallas_kernels.target import Target, target_of
+from pallasite.pallas_kernels.cpu import best_instructions
+from pallasite.pallas_kernels.target import Target, cpu_target, target_of
 
 MAX_VIRTUAL_DEVICES = 256
 """Into how many a CPU is cut at most: a larger mesh is refused, not tried."""
@@ -129,7 +130,9 @@ def plan_deployment(
     max_context_len = _context_len(config, model)
     # Ropes that stretch long contexts go by what is served, not by what could be.
     model = replace(model, context_len=max_context_len)
-    abstract = make_model(model, config.weights, target, config.mesh.model, config.quantize)
+    if config.weights == "auto" and target.instructions:
+        model = replace(model, stored_forms=(*model.stored_forms, *model.block_forms))
+    abstract = make_model(model, config.base_form, target, config.mesh.model, config.quantize)
     num_pages = choose_num_pages(config, target.page_size)
     if num_pages is None:
         is_cpu = target.platform == "cpu"
@@ -161,6 +164,8 @@ def devices_for(mesh: MeshShape) -> list[jax.Device]:
 
 def target_for(device: jax.Device) -> Target:
     """Returns what is compiled for on a device; raises ConfigError where nothing can be."""
+    if device.platform == "cpu":
+        return cpu_target(best_instructions())
     try:
         return target_of(device.platform, device.device_kind)
     except NotImplementedError as error:

@@ -58,6 +58,7 @@ class Engine:
     def __init__(self, runtime: Runtime, config: EngineConfig) -> None:
         self.config = config
         self.model_config = runtime.model_config
+        self.weight_forms = runtime.weight_forms
         self.max_context_len = runtime.max_context_len
         self.metrics = EngineMetrics(programs=runtime.programs)
         self._runtime = runtime

@@ -133,7 +133,7 @@ def _key(deployment: Deployment) -> str:
         [(name, _flags(os.environ.get(name, ""))) for name in _FLAGS],
         [(d.client.platform_version, d.device_kind, d.id) for d in devices],
         _processor(),
-        (deployment.cache_spec, deployment.config.weights, deployment.config.quantize),
+        (deployment.cache_spec, deployment.config.base_form, deployment.config.quantize),
         [name for name, _ in named_weights(deployment.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.model)],
         [(leaf.shape, leaf.dtype, leaf.sharding) for leaf in jax.tree.leaves(spec.state)],

@@ -33,6 +33,7 @@ from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.loader import check_tensors, load_weights
 from pallasite.models.lora import Adapters
 from pallasite.models.pull import locate
+from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import DATA_AXIS
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
@@ -69,6 +70,11 @@ class Runtime:
     @property
     def model_config(self) -> ModelConfig:
         return self.cache_spec.partition.config
+
+    @property
+    def weight_forms(self) -> dict[str, str]:
+        """The form that each matrix is held in, by the name that rules are matched against."""
+        return matrix_forms(self._spec.model)
 
     @property
     def num_shards(self) -> int:

@@ -13,6 +13,7 @@ from pallasite.models.checkpoint_gguf import GgufCheckpoint
 from pallasite.models.checkpoint_hf import HfCheckpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
+from pallasite.models.forms import Form
 from pallasite.models.quantize import Stored
 
 
@@ -28,10 +29,11 @@ class Checkpoint(Protocol):
     config: ModelConfig
     shapes: Mapping[str, tuple[int, ...]]
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str, form: Form | None = None) -> Stored:
         """Returns one tensor: float32 or the file's own 16-bit float type; or as it was quantized.
 
-        The latter where `config.stored_forms` has a rule for it. The caller may keep it; nothing
+        The latter where `config.stored_forms` has a rule for it, and where `form`, which the tensor
+        is to be held in, is that of a rule of `config.block_forms`. The caller may keep it; nothing
         else does. Raises CheckpointError naming the tensor where its bytes are missing or cannot be
         right (a scale that is not finite).
         """

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,9 +10,12 @@ import numpy as np
 from pallasite.models.checkpoint_fields import Fields, shown
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
+from pallasite.models.forms import Form
 from pallasite.models.gguf_architectures import ARCHITECTURES, NAMES, Architecture
+from pallasite.models.gguf_blocks import BLOCK_FORMS, block_rules
 from pallasite.models.gguf_config import read_config
 from pallasite.models.gguf_file import GgufFile
+from pallasite.models.quantize import Stored
 
 
 class GgufCheckpoint:
@@ -43,18 +47,25 @@ class GgufCheckpoint:
             hf_name: self._file.tensors[stored].shape
             for hf_name, stored in self._stored_names.items()
         }
-        self.config = read_config(self._file, self._architecture, name, self.shapes)
+        config = read_config(self._file, self._architecture, name, self.shapes)
+        kinds = {name: self._file.tensors[own].kind for name, own in self._stored_names.items()}
+        self.config = replace(config, block_forms=block_rules(kinds))
         self._check_rows()
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str, form: Form | None = None) -> Stored:
         """See `Checkpoint.read`."""
         if name not in self._stored_names:
             raise CheckpointError(
                 f"got no tensor {name!r} in the GGUF; `shapes` lists those there are; convert the"
                 " model again"
             )
-        tensor = self._file.read(self._stored_names[name])
-        if num_heads := self._interleaved_heads(name):
+        stored, num_heads = self._stored_names[name], self._interleaved_heads(name)
+        kind = self._file.tensors[stored].kind
+        if form is not None and str(form) == BLOCK_FORMS.get(kind):
+            blocks = self._file.read_blocks(stored)
+            return blocks.map(lambda part: separate_halves(part, num_heads) if num_heads else part)
+        tensor = self._file.read(stored)
+        if num_heads:
             separate_halves(tensor, num_heads)
         if self._architecture.has_whole_norms and name.endswith("norm.weight"):
             # In float32: a 16-bit type would round what is left differently from the original.
@@ -97,8 +108,8 @@ def _hf_names(architecture: Architecture, file: GgufFile) -> dict[str, str]:
     return names
 
 
-def separate_halves(rows: np.ndarray, num_heads: int) -> None:
-    """Undoes GGUF's interleaving of each head's rows, in place, one head at a time.
+def separate_halves(rows: np.ndarray, num_heads: int) -> np.ndarray:
+    """Undoes GGUF's interleaving of each head's rows, in place, one head at a time; returns them.
 
     `rows` is [N*H, D], each head's rows in the order 0, H/2, 1, H/2+1, ...; after it 0, 1, 2, ....
     """
@@ -106,3 +117,4 @@ def separate_halves(rows: np.ndarray, num_heads: int) -> None:
         pairs = head.copy()
         head[: len(head) // 2] = pairs[0::2]
         head[len(head) // 2 :] = pairs[1::2]
+    return rows

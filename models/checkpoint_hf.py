@@ -16,6 +16,7 @@ from pallasite.models.checkpoint_quantized import read_quantization
 from pallasite.models.checkpoint_safetensors import NUMBERS, SafetensorsFile
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import CheckpointError
+from pallasite.models.forms import Form
 from pallasite.models.hf_config import (
     Architecture,
     read_architecture,
@@ -67,7 +68,7 @@ class HfCheckpoint:
         bias = self.read(name)
         return not has_own and isinstance(bias, np.ndarray) and not bias.any()
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str, form: Form | None = None) -> Stored:
         """See `Checkpoint.read`."""
         matrix = self._quantization.matrices.get(name)
         if matrix is not None:

@@ -75,6 +75,8 @@ class ModelConfig:
         bos_token_id: the id that begins a sequence, or None.
         stored_forms: rules (pattern, form) of the weights that the checkpoint holds quantized, as
             in `models/forms.py`; the first that matches a weight's name counts.
+        block_forms: such rules for what a GGUF has in blocks that some targets multiply as they
+            are. A checkpoint gives these weights as floats, unless it is asked for that form.
     """
 
     family: str
@@ -97,6 +99,7 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...] = ()
     bos_token_id: int | None = None
     stored_forms: tuple[tuple[str, str], ...] = ()
+    block_forms: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         sizes = (

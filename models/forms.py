@@ -31,42 +31,57 @@ class Form:
         group: how many of a row's neighbours share one scale; None for the whole row.
         quantizes_inputs: whether what it is multiplied with is rounded to int8 too, with a scale a
             token, or one a token and group.
+        has_half_scales: whether scales, and minimums, are numbers of float16, as a GGUF's are.
     """
 
     kind: Kind
     group: int | None = None
     quantizes_inputs: bool = False
+    has_half_scales: bool = False
 
     @property
     def is_quantized(self) -> bool:
         return self.kind not in ("f32", "bf16")
 
     def __str__(self) -> str:
-        name = "w8a8" if self.quantizes_inputs else self.kind
+        if self.has_half_scales:
+            return {form: name for name, form in GGUF_FORMS.items()}[self]
+        name = f"w{self.kind[-1]}a8" if self.quantizes_inputs else self.kind
         return name if self.group is None else f"{name}:{self.group}"
 
 
-def parse_form(text: str) -> Form:
-    """Reads "f32", "bf16", "fp8", "int8", "int8:64", "w8a8", "w8a8:64", "int4" or "int4:64".
+GGUF_FORMS = {
+    "q4_1": Form(kind="int4", group=32, quantizes_inputs=True, has_half_scales=True),
+    "q8_0": Form(kind="int8", group=32, quantizes_inputs=True, has_half_scales=True),
+}
+"""GGUF's own, by its names; their products' inputs are rounded as llama.cpp rounds them."""
 
-    The number is the group; int4 without one has groups of 32. Raises ConfigError.
+
+def parse_form(text: str) -> Form:
+    """Reads a form: "f32", "bf16", "fp8", "int8", "w8a8", "int4", "w4a8", "q4_1" or "q8_0".
+
+    All from int8 to w4a8 may have a group, as in "int4:64"; those of 4 bits without one have groups
+    of 32. Raises ConfigError.
     """
+    if text in GGUF_FORMS:
+        return GGUF_FORMS[text]
     name, colon, group = text.partition(":")
-    takes_group = name in ("int8", "w8a8", "int4")
+    takes_group = name in ("int8", "w8a8", "int4", "w4a8")
     is_known = takes_group or name in ("f32", "bf16", "fp8")
     has_group = re.fullmatch(r"[1-9][0-9]{0,4}", group) and int(group) % 2 == 0
     if not is_known or (colon and not (takes_group and has_group)):
         raise ConfigError(
-            f"got the weight form {text[:40]!r}; allowed are f32, bf16, fp8, int8, w8a8 and int4,"
-            " the last three also with an even group, as in int4:64; choose one"
+            f"got the weight form {text[:40]!r}; allowed are f32, bf16, fp8, q4_1, q8_0, int8,"
+            " w8a8, int4 and w4a8, the last four also with an even group, as in int4:64; choose one"
         )
-    if name == "int4":
-        return Form(kind="int4", group=int(group) if colon else DEFAULT_INT4_GROUP)
-    size = int(group) if colon else None
+    if name in ("int4", "w4a8"):
+        size = int(group) if colon else DEFAULT_INT4_GROUP
+        return Form(kind="int4", group=size, quantizes_inputs=name == "w4a8")
+    width = int(group) if colon else None
     kinds: dict[str, Kind] = {"f32": "f32", "bf16": "bf16", "fp8": "fp8", "int8": "int8"}
     if name == "w8a8":
-        return Form(kind="int8", group=size, quantizes_inputs=True)
-    return Form(kind=kinds[name], group=size)
+        return Form(kind="int8", group=width, quantizes_inputs=True)
+    return Form(kind=kinds[name], group=width)
 
 
 def check_rules(rules: Sequence[Rule]) -> None:

@@ -17,7 +17,9 @@ import numpy as np
 from pallasite.models.checkpoint_bytes import open_bytes
 from pallasite.models.checkpoint_fields import shown
 from pallasite.models.errors import CheckpointError
+from pallasite.models.gguf_blocks import read_blocks
 from pallasite.models.gguf_kinds import kind_of, read_tensor
+from pallasite.models.quantize import QuantizedTensor
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -79,6 +81,11 @@ class GgufFile:
         """Returns a tensor: F32, F16 and BF16 as they are, other kinds dequantized to float32."""
         tensor = self.tensors[name]
         return read_tensor(self._path, tensor.offset, tensor.shape, tensor.kind, name)
+
+    def read_blocks(self, name: str) -> QuantizedTensor:
+        """Returns a matrix of a kind in BLOCK_FORMS as it is: integers, scales and minimums."""
+        tensor = self.tensors[name]
+        return read_blocks(self._path, tensor.offset, tensor.shape, tensor.kind, name)
 
 
 def damaged(got: str, allowed: str) -> CheckpointError:

@@ -58,6 +58,11 @@ KINDS = {
 _KINDS_BY_NAME = {kind.name: kind for kind in KINDS.values()}
 
 
+def kind_by_name(name: str) -> GgufKind:
+    """Returns the kind of a name that a file's tensor has."""
+    return _KINDS_BY_NAME[name]
+
+
 def kind_of(number: int, name: str) -> GgufKind:
     """Returns the kind by a file's number for it; CheckpointError names an unsupported one."""
     if number in KINDS:

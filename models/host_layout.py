@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pallasite.models.checkpoint_bytes import BFLOAT16
 from pallasite.models.errors import ConfigError
+from pallasite.models.forms import Form
 from pallasite.models.partition import Axis, Partition
 from pallasite.models.quantize import QuantizedTensor, Stored, rounded
 from pallasite.models.sharding import MODEL_AXIS, RULES
 from pallasite.models.weights import Declared, Matrix, source_of
+from pallasite.pallas_kernels.quantized_matmul import strips
 
 # Values made on the host at a time, where they are not the stored tensor's own memory.
 _PIECE_SIZE = 4 << 20
@@ -21,7 +24,7 @@ class Piece:
     """Some rows of a weight, or of one of its layers: the same ones of every device's part.
 
     Attributes:
-        first_row: of a device's part.
+        first_row: of a device's part; of a matrix in strips, its first strip.
         arrays: by the parts' names; the rows of one device after those of another.
     """
 
@@ -51,13 +54,17 @@ def lay_out(tensor: Stored, weight: Declared, partition: Partition) -> Iterator[
     sources = np.arange(rows.size) if rows.sources is None else rows.sources
     by_part = sources.reshape(num_parts, -1)
     step = max(1, by_part.shape[1] * _PIECE_SIZE // num_values)
+    if isinstance(weight, Matrix) and weight.in_strips:
+        step = -(-step // strips.LANES) * strips.LANES
     for first in range(0, by_part.shape[1], step):
         some = by_part[:, first : first + step].ravel()
-        yield Piece(first, _arrays(tensor, weight, [Axis(len(some), some), *inputs]))
+        piece = _arrays(tensor, weight, [Axis(len(some), some), *inputs])
+        is_cut = isinstance(weight, Matrix) and weight.in_strips
+        yield Piece(first // strips.LANES if is_cut else first, piece)
 
 
 def _is_held_as_stored(tensor: Stored, weight: Declared, layouts: list[Axis]) -> bool:
-    is_quantized = isinstance(weight, Matrix) and weight.form.is_quantized
+    is_quantized = isinstance(weight, Matrix) and (weight.form.is_quantized or weight.in_strips)
     is_moved = any(layout.sources is not None for layout in layouts)
     return not (is_quantized or is_moved or isinstance(tensor, QuantizedTensor))
 
@@ -72,11 +79,16 @@ def _arrays(tensor: Stored, weight: Declared, layouts: list[Axis]) -> dict[str, 
     if form is not None and form.is_quantized:
         # Rounded in the model's own order, so that no mesh rounds otherwise.
         tensor = rounded(tensor, form)
-        return _parts(_lay_out_inputs(tensor, inputs[0], source_of(weight).pattern_name))
+        assert isinstance(weight, Matrix)
+        tensor = _lay_out_inputs(tensor, inputs[0], source_of(weight).pattern_name)
+        return _strips(tensor, form) if weight.in_strips else _parts(tensor)
     if isinstance(tensor, QuantizedTensor):
         tensor = tensor.dequantize()
     for dim, layout in enumerate(inputs, start=1):
         tensor = layout.lay_out(tensor, dim)
+    if isinstance(weight, Matrix) and weight.in_strips:
+        bits = np.ascontiguousarray(tensor.astype(BFLOAT16)).view(np.uint16)
+        return {"values": strips.pack_floats(bits)}
     return {"values": tensor}
 
 
@@ -134,3 +146,13 @@ def _parts(tensor: QuantizedTensor) -> dict[str, np.ndarray]:
         return {"values": tensor.values, "scales": tensor.scales}
     packed = pack(tensor.values, tensor.group)
     return {"values": packed, "scales": tensor.scales, "minimums": tensor.minimums}
+
+
+def _strips(tensor: QuantizedTensor, form: Form) -> dict[str, np.ndarray]:
+    num_inputs, dtype = tensor.shape[1], np.float16 if form.has_half_scales else np.float32
+    pack_values = strips.pack_bytes if tensor.minimums is None else strips.pack_nibbles
+    parts = {"values": pack_values(tensor.values)}
+    for name, numbers in (("scales", tensor.scales), ("minimums", tensor.minimums)):
+        if numbers is not None:
+            parts[name] = strips.pack_scales(numbers.astype(dtype), num_inputs)
+    return parts

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
 from pallasite.models.sharding import MODEL_AXIS, RULES, sum_over
 from pallasite.models.weights import Declare, Matrix
-from pallasite.pallas_kernels.quantized_matmul import dequantize, quantized_matmul
+from pallasite.pallas_kernels.quantized_matmul import dequantize, quantized_matmul, rows_of
 from pallasite.pallas_kernels.storage import decode
 
 
@@ -47,15 +47,14 @@ def total(product: Float[Array, "T out"], matrix: Matrix) -> Float[Array, "T out
 
 def embed(token_ids: Int[Array, "T"], embedding: Matrix) -> Float[Array, "T D"]:
     """Looks up rows of an embedding `[V, D]`, whichever device has them."""
-    num_rows = embedding.values.shape[0]
+    table = embedding.product()
+    num_rows = table.num_rows
     index = token_ids - jax.lax.axis_index(MODEL_AXIS) * num_rows
     is_here = (index >= 0) & (index < num_rows)
     index = jnp.where(is_here, index, 0)
-    rows = jax.tree.map(lambda held: held[index], embedding)
-    if embedding.scales is None:
-        values = decode(rows.values[...]).astype(jnp.float32)
-    else:
-        values = dequantize(rows.product())
+    rows = rows_of(table, index)
+    values = dequantize(rows) if rows.scales is not None else decode(rows.values)
+    values = values.astype(jnp.float32)
     return sum_over(jnp.where(is_here[:, None], values, 0.0), MODEL_AXIS)
 
 

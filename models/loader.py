@@ -18,9 +18,10 @@ from jaxtyping import Array, Int
 from pallasite.models.checkpoint import Checkpoint
 from pallasite.models.decoder import Decoder
 from pallasite.models.errors import CheckpointError
+from pallasite.models.forms import Form
 from pallasite.models.host_layout import Piece, lay_out
 from pallasite.models.sharding import sharding, spec
-from pallasite.models.weights import Declared, Source, Weight, declared_weights, source_of
+from pallasite.models.weights import Declared, Matrix, Source, Weight, declared_weights, source_of
 from pallasite.pallas_kernels.storage import encode
 
 Progress = Callable[[int, int], None]
@@ -45,7 +46,7 @@ def load_weights(
     for weights in by_tensor.values():
         arrays = {name: _Filling(weight, mesh) for name, weight in weights.items()}
         for layer, tensor_name in enumerate(_names(weights, num_layers)):
-            tensor = checkpoint.read(tensor_name)
+            tensor = checkpoint.read(tensor_name, _form(weights))
             for name, weight in weights.items():
                 for piece in lay_out(tensor, weight, model.partition):
                     arrays[name].fill(piece, layer)
@@ -87,6 +88,12 @@ def _names(weights: dict[str, Declared], num_layers: int) -> list[str]:
     """The tensors that make up weights of one source."""
     source: Source = source_of(next(iter(weights.values())))
     return source.names(num_layers)
+
+
+def _form(weights: dict[str, Declared]) -> Form | None:
+    """The one form that the weights of one source are held in, None where there are several."""
+    forms = {weight.form if isinstance(weight, Matrix) else None for weight in weights.values()}
+    return forms.pop() if len(forms) == 1 else None
 
 
 class _Filling:

@@ -50,7 +50,12 @@ class QuantizedTensor:
     def has_form(self, form: Form) -> bool:
         """Returns whether this is what the form holds, so that nothing has to be rounded again."""
         kind = {np.dtype(np.uint8): "int4", np.dtype(np.int8): "int8"}.get(self.values.dtype, "fp8")
-        return kind == form.kind and self.group == (form.group or self.shape[1])
+        if kind != form.kind or self.group != (form.group or self.shape[1]):
+            return False
+        return not form.has_half_scales or all(
+            numbers is None or (as_halves(numbers) == numbers).all()
+            for numbers in (self.scales, self.minimums)
+        )
 
     def dequantize(self) -> np.ndarray:
         """Returns f32 `[out, in]`."""
@@ -59,6 +64,12 @@ class QuantizedTensor:
         if self.minimums is not None:
             values += self.minimums[..., None]
         return values.reshape(self.shape)
+
+
+def as_halves(numbers: np.ndarray) -> np.ndarray:
+    """Rounds to float16, and returns f32; what is too large becomes infinite."""
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float16).astype(np.float32)
 
 
 Stored = np.ndarray | QuantizedTensor
@@ -71,9 +82,11 @@ def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
     With s the scale of a weight's group, and apart from f32's own rounding, the error is at most
     s / 2 for int8, with s = max |w| / 127 over the group; s / 2 for int4, with s = (max w - min w)
     / 15; and for fp8, with s = max |w| / 448, the larger of |w| / 16 and s / 1024. A group whose
-    scale would lie below f32's normal numbers becomes its minimum for int4, and else zeros.
+    scale would lie below f32's normal numbers becomes its minimum for int4, and else zeros. Scales
+    and minimums that are to be of float16 are rounded first, which adds up to 2**-11 of each.
 
-    Raises ConfigError where the form's group does not divide the rows.
+    Raises ConfigError where the form's group does not divide the rows, and where float16 has no
+    number for a scale.
     """
     num_rows, num_inputs = weight.shape
     group = checked_group(num_inputs, form)
@@ -84,7 +97,11 @@ def quantize(weight: np.ndarray, form: Form) -> QuantizedTensor:
     for rows in _blocks(num_rows, num_inputs):
         # A copy, which is then worked on in place.
         groups = np.array(weight[rows], np.float32).reshape(-1, num_inputs // group, group)
-        if minimums is not None:
+        if form.has_half_scales:
+            scales[rows], lows = _scale_by_halves(groups, minimums is not None)
+            if minimums is not None:
+                minimums[rows] = lows
+        elif minimums is not None:
             scales[rows], minimums[rows] = _scale_to_codes(groups)
         else:
             scales[rows] = _scale_to(448.0 if form.kind == "fp8" else 127.0, groups)
@@ -141,4 +158,24 @@ def _scale_to_codes(groups: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     groups -= (minimums * half)[..., None]
     groups[is_flat] = 0
     groups /= (scales * half)[..., None]
+    return scales, minimums
+
+
+def _scale_by_halves(groups: np.ndarray, has_minimums: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Turns groups in place into 0..15 or -127..127, with scales and minimums of float16."""
+    low, high = groups.min(-1), groups.max(-1)
+    minimums = as_halves(low) if has_minimums else np.zeros_like(low)
+    scales = as_halves((high - low) / 15 if has_minimums else np.maximum(high, -low) / 127)
+    if not (np.isfinite(scales).all() and np.isfinite(minimums).all()):
+        raise ConfigError(
+            f"got weights from {low.min():g} to {high.max():g}; q4_1 and q8_0 have scales of"
+            " float16, up to 65,504; choose another form"
+        )
+    is_flat = scales == 0
+    scales[is_flat] = 1
+    groups -= minimums[..., None]
+    groups[is_flat] = 0
+    groups /= scales[..., None]
+    # A scale that was rounded down leaves the largest just beyond.
+    np.clip(groups, *((0, 15) if has_minimums else (-127, 127)), out=groups)
     return scales, minimums

@@ -16,7 +16,7 @@ from pallasite.models.phi3 import Phi3
 from pallasite.models.qwen2 import Qwen2
 from pallasite.models.qwen3 import Qwen3
 from pallasite.models.weights import Declare, Matrix, declared_weights
-from pallasite.pallas_kernels.target import CPU, Target
+from pallasite.pallas_kernels.target import Target
 
 FAMILIES: dict[str, Callable[[ModelConfig, Declare], Decoder]] = {
     "llama": Llama,
@@ -70,16 +70,11 @@ def make_model(
     return model
 
 
-def matrix_forms(
-    config: ModelConfig, base: BaseForm, rules: tuple[Rule, ...] = ()
-) -> dict[str, str]:
-    """Returns the form that each matrix is held in, by the name that rules are matched against.
-
-    Neither a target nor a mesh changes one. Raises ConfigError as `make_model` does.
-    """
+def matrix_forms(model: Decoder) -> dict[str, str]:
+    """Returns the form that each matrix is held in, by the name that rules are matched against."""
     return {
         weight.source.pattern_name: str(weight.form)
-        for _, weight in declared_weights(make_model(config, base, CPU, rules=rules))
+        for _, weight in declared_weights(model)
         if isinstance(weight, Matrix)
     }
 

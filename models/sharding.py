@@ -23,6 +23,7 @@ RULES: dict[str, str | None] = {
     "query_heads": MODEL_AXIS,
     "kv_heads": MODEL_AXIS,
     "group": None,
+    "tile": None,
     "ranks": None,
     "head": None,
     "kv": None,

@@ -19,7 +19,7 @@ import numpy as np
 from pallasite.models.checkpoint import Checkpoint
 from pallasite.models.config import ModelConfig
 from pallasite.models.errors import ConfigError
-from pallasite.models.forms import pattern_name
+from pallasite.models.forms import Form, pattern_name
 from pallasite.models.quantize import QuantizedTensor, Stored
 
 STRENGTH = 0.5
@@ -107,7 +107,7 @@ class Smoothed:
                 self._columns |= dict.fromkeys(names, factors)
                 self._makers[f"model.layers.{layer}.{fold.maker}.weight"] = (factors, fold.offset)
 
-    def read(self, name: str) -> Stored:
+    def read(self, name: str, form: Form | None = None) -> Stored:
         """See `Checkpoint.read`."""
         if name not in self._columns and name not in self._makers:
             return self._checkpoint.read(name)

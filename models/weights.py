@@ -19,6 +19,7 @@ from pallasite.models.forms import BaseForm, Form, Rule, form_of, parse_form
 from pallasite.models.partition import Partition
 from pallasite.models.sharding import MODEL_AXIS, RULES, sharding
 from pallasite.pallas_kernels.quantized_matmul import QuantizedMatrix
+from pallasite.pallas_kernels.quantized_matmul.strips import fits, strip_shapes
 from pallasite.pallas_kernels.storage import storage_dtype
 from pallasite.pallas_kernels.target import CPU, Target
 
@@ -78,6 +79,7 @@ class Matrix(nnx.Module):
         source: where a checkpoint has it.
         target: what its products are compiled for.
         layer: whose it is, where it is one layer's beside the others'; else None.
+        in_strips: whether it lies as the CPU's bodies read it, see `QuantizedMatrix`.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class Matrix(nnx.Module):
         held: tuple[Form, jnp.dtype, Source],
         target: Target = CPU,
         layer: Int[Array, ""] | None = None,
+        in_strips: bool = False,
     ) -> None:
         self.values = parts["values"]
         self.scales = parts.get("scales")
@@ -95,6 +98,7 @@ class Matrix(nnx.Module):
         self.form, self.dtype, self.source = held
         self.target = target
         self.layer = layer
+        self.in_strips = in_strips
 
     def of_layer(self, index: Int[Array, ""]) -> "Matrix":
         """Returns one layer's, of a matrix that stacks layers.
@@ -102,7 +106,8 @@ class Matrix(nnx.Module):
         Where kernels read it, it stays beside the others: they would be handed a copy otherwise.
         """
         platform, is_grouped = self.target.platform, self.form.group is not None
-        is_read_in_place = platform == "gpu" or (platform == "tpu" and is_grouped)
+        by_kernels = platform == "gpu" or (platform == "tpu" and is_grouped)
+        is_read_in_place = by_kernels or self.in_strips
         named = {"values": self.values, "scales": self.scales, "minimums": self.minimums}
         parts = {name: part for name, part in named.items() if part is not None}
         if not is_read_in_place:
@@ -110,7 +115,8 @@ class Matrix(nnx.Module):
                 lambda part: jax.lax.dynamic_index_in_dim(part, index, keepdims=False), parts
             )
         held = (self.form, self.dtype, self.source)
-        return Matrix(parts, self.axes, held, self.target, index if is_read_in_place else None)
+        layer = index if is_read_in_place else None
+        return Matrix(parts, self.axes, held, self.target, layer, self.in_strips)
 
     def product(self) -> QuantizedMatrix:
         """Returns one layer's matrix, or an unstacked one, as the products' op takes it."""
@@ -119,6 +125,7 @@ class Matrix(nnx.Module):
             scales=None if self.scales is None else self.scales[...],
             minimums=None if self.minimums is None else self.minimums[...],
             quantizes_inputs=self.form.quantizes_inputs,
+            in_strips=self.in_strips,
             layer=self.layer,
             target=self.target,
         )
@@ -165,8 +172,13 @@ class Declare:
         held = self._held(shape, axes)
         if form.is_quantized:
             parts = self._quantized_parts(held, axes, form, source)
-            return Matrix(parts, axes, (form, self._dtype, source), self.target)
+            in_strips = "tile" in parts["values"].get_metadata("axes")
+            described = (form, self._dtype, source)
+            return Matrix(parts, axes, described, self.target, in_strips=in_strips)
         dtype = compute_dtype("f32" if form.kind == "f32" else "bf16")
+        if form.kind == "bf16" and self._fits_strips(held, axes, form):
+            parts = self._strips(held, axes, form)
+            return Matrix(parts, axes, (form, dtype, source), self.target, in_strips=True)
         # Only what is sliced layer by layer has to be held as bits where bfloat16 is.
         held_as = storage_dtype(dtype, self.target) if source.is_stacked else dtype
         parts = {"values": _weight(held, axes, held_as)}
@@ -197,6 +209,8 @@ class Declare:
                 f" inputs over {num_parts} devices; the group must divide"
                 f" {num_inputs // num_parts}; choose another group or mesh"
             )
+        if self._fits_strips(held, axes, form):
+            return self._strips(held, axes, form)
         is_packed = form.kind == "int4"
         dtype = {"int4": jnp.uint8, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[form.kind]
         inputs = num_inputs // 2 if is_packed else num_inputs
@@ -210,6 +224,31 @@ class Declare:
         if is_packed:
             shape = (*held[:-1], groups)
             parts["minimums"] = _weight(shape, group_axes, jnp.dtype(jnp.float32))
+        return parts
+
+    def _fits_strips(self, held: tuple[int, ...], axes: tuple[str, ...], form: Form) -> bool:
+        """Whether the CPU's bodies are there and take the part of a matrix that a device has."""
+        is_multiplied = form.quantizes_inputs or form.kind == "bf16"
+        if not self.target.instructions or not is_multiplied:
+            return False
+        rows, inputs = (
+            size // (self.partition.num_parts if RULES[axis] == MODEL_AXIS else 1)
+            for axis, size in zip(axes[-2:], held[-2:], strict=True)
+        )
+        # A scale for a whole row is a scale for a token's whole row, too.
+        has_groups = form.kind == "bf16" or form.group is not None
+        return has_groups and fits(rows, inputs, form.group)
+
+    def _strips(
+        self, held: tuple[int, ...], axes: tuple[str, ...], form: Form
+    ) -> dict[str, Weight]:
+        scale_type = jnp.dtype(jnp.float16 if form.has_half_scales else jnp.float32)
+        values_type = jnp.dtype(jnp.uint16 if form.kind == "bf16" else jnp.uint8)
+        parts = {}
+        for name, shape in strip_shapes(form.kind, held[-2], held[-1]).items():
+            tile = ("tile",) * (len(shape) - 2)
+            dtype = values_type if name == "values" else scale_type
+            parts[name] = _weight((*held[:-2], *shape), (*axes, *tile), dtype)
         return parts
 
 

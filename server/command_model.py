@@ -94,7 +94,7 @@ def _model_facts(path: Path, config: EngineConfig) -> dict[str, Any]:
     sizes = {
         "num_parameters": sum(math.prod(shape) for shape in checkpoint.shapes.values()),
         "weights": config.weights,
-        "weight_forms": matrix_forms(model, config.weights, config.quantize),
+        "weight_forms": matrix_forms(deployment.model),
         "cache": config.cache_form,
         "mesh": str(config.mesh),
         "speculate": config.speculate,

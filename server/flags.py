@@ -154,16 +154,17 @@ class Flag:
 ENGINE_FLAGS = (
     Flag(
         field="weights",
-        kind=choice("f32", "bf16"),
+        kind=choice("auto", "bf16", "f32"),
         help="the form of weights that nothing else gives one, and the type of every matrix"
-        " product's inputs",
+        " product's inputs; auto is bf16, but leaves a GGUF's quantized weights as they are where"
+        " the CPU multiplies them so",
     ),
     Flag(
         field="quantize",
         kind=RULES,
         help="the form of the weights whose names a pattern is found in, as in"
         " 'mlp=int4:64;self_attn=int8'; a form alone is every layer's; forms are f32, bf16, fp8,"
-        " int8, w8a8 and int4, with :N for groups of N",
+        " q4_1, q8_0, int8, w8a8, int4 and w4a8, the last four with :N for groups of N",
     ),
     Flag(
         field="cache",

@@ -3,7 +3,6 @@
 import time
 from importlib.metadata import version
 
-from pallasite.models.registry import matrix_forms
 from pallasite.proto import control_pb2 as pb
 from pallasite.server.config import ServerConfig
 from pallasite.server.generate import TextEngine
@@ -17,10 +16,6 @@ class ControlService:
         self._text_engine = text_engine
         self._config = config
         self._start = time.monotonic()
-        engine = text_engine.engine
-        self._weight_forms = matrix_forms(
-            engine.model_config, engine.config.weights, engine.config.quantize
-        )
 
     async def get_server_info(
         self, request: pb.GetServerInfoRequest, call: Call
@@ -55,7 +50,7 @@ class ControlService:
             max_context_len=engine.max_context_len,
             eos_token_ids=model.eos_token_ids,
             weights=engine.config.weights,
-            weight_forms=self._weight_forms,
+            weight_forms=engine.weight_forms,
             cache=engine.config.cache_form,
             has_chat_template=self._text_engine.encoder.chat_template is not None,
             adapters=engine.adapter_names(),

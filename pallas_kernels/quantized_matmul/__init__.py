@@ -3,11 +3,12 @@
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from pallasite.pallas_kernels.quantized_matmul import gpu, reference, tpu
+from pallasite.pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
 from pallasite.pallas_kernels.quantized_matmul.reference import dequantize
+from pallasite.pallas_kernels.quantized_matmul.strips import rows_of
 
-__all__ = ["QuantizedMatrix", "dequantize", "quantized_matmul"]
+__all__ = ["QuantizedMatrix", "dequantize", "quantized_matmul", "rows_of"]
 
 
 def quantized_matmul(
@@ -23,6 +24,8 @@ def quantized_matmul(
         raise ValueError(f"got {x.shape[1]} inputs for a matrix of {matrix.num_inputs}")
     if matrix.num_inputs % matrix.num_groups:
         raise ValueError(f"got {matrix.num_groups} groups of {matrix.num_inputs} inputs; not whole")
+    if cpu.takes(matrix):
+        return cpu.quantized_matmul(x, matrix)
     if matrix.target.platform == "gpu" and gpu.takes(x.shape[0], matrix, dtype):
         return gpu.quantized_matmul(x, matrix)
     if matrix.target.platform == "tpu" and tpu.takes(x.shape[0], matrix, dtype):

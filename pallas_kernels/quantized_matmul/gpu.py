@@ -46,6 +46,8 @@ def takes(num_tokens: int, matrix: QuantizedMatrix, dtype: DTypeLike) -> bool:
     """
     if num_tokens > MAX_TOKENS or not is_addressable(matrix.values):
         return False
+    if matrix.quantizes_inputs and matrix.is_packed:
+        return False
     if not matrix.quantizes_inputs and dtype != jnp.bfloat16:
         return False
     if matrix.num_groups == 1 and not matrix.is_packed:

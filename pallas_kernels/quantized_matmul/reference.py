@@ -6,6 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
+from pallasite.pallas_kernels.quantized_matmul.strips import unpack
 from pallasite.pallas_kernels.storage import decode, quantize_rows
 
 
@@ -13,6 +14,7 @@ def quantized_matmul(
     x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
 ) -> Float[Array, "T out"]:
     """See the op in the package."""
+    matrix = unpack(matrix)
     if matrix.scales is None:
         return _dot(x, decode(matrix.values), dtype)
     if matrix.quantizes_inputs:
@@ -25,6 +27,7 @@ def quantized_matmul(
 
 def dequantize(matrix: QuantizedMatrix) -> Float[Array, "out in"]:
     """Returns the values that a matrix stands for, in f32."""
+    matrix = unpack(matrix)
     num_rows, num_groups = matrix.scales.shape
     if matrix.is_packed:
         pairs = matrix.values.reshape(num_rows, num_groups, -1)
@@ -41,7 +44,9 @@ def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Floa
     num_tokens, num_groups = x.shape[0], matrix.num_groups
     rows, x_scales = quantize_rows(x.reshape(num_tokens, num_groups, -1))
     values = matrix.values.reshape(matrix.values.shape[0], num_groups, -1)
-    if num_groups == 1:
+    if matrix.is_packed:
+        values = jnp.concatenate((values & 15, values >> 4), axis=-1).astype(jnp.int8)
+    if num_groups == 1 and matrix.minimums is None:
         sums = jax.lax.dot_general(
             rows[:, 0],
             values[:, 0],
@@ -58,7 +63,12 @@ def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Floa
         sums = jax.lax.dot_general(
             own_rows, own_values, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32
         ).astype(jnp.float32)
-        return total + sums * own_x_scales[:, None] * own_scales[None, :]
+        total = total + sums * own_x_scales[:, None] * own_scales[None, :]
+        if matrix.minimums is None:
+            return total
+        own_minimums = jax.lax.dynamic_index_in_dim(matrix.minimums, group, 1, keepdims=False)
+        x_sums = own_x_scales * jnp.sum(own_rows, axis=1, dtype=jnp.int32).astype(jnp.float32)
+        return total + x_sums[:, None] * own_minimums[None, :]
 
     # Group by group: the sums of all at once would be as many times larger than the result.
     nothing = jnp.zeros((num_tokens, matrix.values.shape[0]), jnp.float32)

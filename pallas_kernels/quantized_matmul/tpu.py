@@ -39,6 +39,8 @@ def takes(num_tokens: int, matrix: QuantizedMatrix, dtype: DTypeLike) -> bool:
     """Tells whether a product is one for these kernels."""
     if num_tokens > (MOST_INTEGER_TOKENS if matrix.quantizes_inputs else MOST_TOKENS):
         return False
+    if matrix.quantizes_inputs and matrix.is_packed:
+        return False
     if matrix.num_groups == 1 or matrix.values.dtype not in (jnp.int8, jnp.uint8):
         return False
     if not matrix.quantizes_inputs and dtype != jnp.bfloat16:

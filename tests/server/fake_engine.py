@@ -69,6 +69,7 @@ class FakeEngine:
 
     def __post_init__(self):
         self.model_config = TINY
+        self.weight_forms = {}
         self.max_context_len = TINY.context_len
         self.epoch = secrets.token_hex(8)
         self.metrics = SimpleNamespace(
