@@ -1,15 +1,15 @@
 """Grouped-query attention over the paged cache, as most families have it (Ainslie et al. 2023)."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Place
+from pallasite.models.layers import Stream
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.paged_attention import PagedCache
-
-Heads = tuple[Float[Array, "T N H"], Float[Array, "T K H"], Float[Array, "T K H"]]
 
 
 class Attention(nnx.Module):
@@ -38,23 +38,23 @@ class Attention(nnx.Module):
         self.k = declare.matrix((L, KH, D), kv_in, self.prefix + "k_proj.weight")
         self.v = declare.matrix((L, KH, D), kv_in, self.prefix + "v_proj.weight")
 
-    def project(self, h: Float[Array, "T D"], at: Place) -> Heads:
-        """Returns queries, keys and values, before rope."""
-        return (
-            self.heads(at.linear(h, self.q)),
-            self.heads(at.fine_linear(h, self.k)),
-            self.heads(at.fine_linear(h, self.v)),
-        )
+    def project(self, h: Stream, at: Place) -> Float[Array, "T heads H"]:
+        """Returns each token's queries, keys and values, before rope."""
+        return self.cut(at.project(h, self.q, self.k, self.v))
 
-    def heads(self, x: Float[Array, "T NH"]) -> Float[Array, "T N H"]:
+    def cut(self, x: Float[Array, "T NH"]) -> Float[Array, "T heads H"]:
         """Cuts rows into heads, as many as this device has."""
         return x.reshape(x.shape[0], -1, self.config.head_width)
 
+    def split(self, x: Float[Array, "T out"]) -> list[Float[Array, "T own"]]:
+        """Splits what lies side by side into queries, keys and values."""
+        num_queries, num_keys = (part.product().num_rows for part in (self.q, self.k))
+        return jnp.split(x, (num_queries, num_queries + num_keys), axis=1)
+
     def __call__(
-        self, h: Float[Array, "T D"], cache: PagedCache, at: Place
+        self, h: Stream, cache: PagedCache, at: Place, onto: Float[Array, "T D"] | None = None
     ) -> tuple[Float[Array, "T D"], PagedCache]:
-        """Returns what attention adds to the residual stream, and the updated cache."""
+        """Returns what attention adds to the residual stream, or the sum, and the new cache."""
         with jax.named_scope("attention"):
-            q, k, v = self.project(h, at)
-            mixed, cache = at.attend(at.rotate(q), at.rotate(k), v, cache)
-            return at.linear(mixed, self.o), cache
+            mixed, cache = at.attend(self.project(h, at), cache)
+            return at.linear(mixed, self.o, onto), cache

@@ -9,9 +9,11 @@ import numpy as np
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from pallasite.models.decoder import Decoder, Place, embed, layer_weights, places
+from pallasite.models.decoder import Decoder, embed, layer_weights, places
 from pallasite.models.kv_cache import CacheSpec
+from pallasite.models.layers import Stream, values_of
 from pallasite.models.lora import batch_adapters
+from pallasite.models.place import Place
 from pallasite.models.weights import Matrix
 from pallasite.pallas_kernels.paged_attention import PagedCache, Ragged
 from pallasite.pallas_kernels.target import Target
@@ -26,15 +28,23 @@ class _Observing(Place):
 
     squares: dict[str, Array] = field(default_factory=dict)
 
-    def linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+    def linear(
+        self, x: Stream, matrix: Matrix, onto: Float[Array, "T out"] | None = None
+    ) -> Float[Array, "T out"]:
         """See `Place`."""
+        x = values_of(x)
         self._observe(x, matrix)
-        return super().linear(x, matrix)
+        return super().linear(x, matrix, onto)
 
-    def fine_linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
+    def fine_linear(self, x: Stream, matrix: Matrix) -> Float[Array, "T out"]:
         """See `Place`."""
+        x = values_of(x)
         self._observe(x, matrix)
         return super().fine_linear(x, matrix)
+
+    def fuses(self, *matrices: Matrix) -> bool:
+        """See `Place`. Every matrix's inputs are to be seen."""
+        return False
 
     def _observe(self, x: Float[Array, "T in"], matrix: Matrix) -> None:
         is_token = jnp.arange(x.shape[0], dtype=jnp.int32) < self.ragged.query_starts[-1]

@@ -6,11 +6,11 @@ key heads, query heads, feed-forward channels and rows of the vocabulary are the
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
@@ -18,64 +18,9 @@ from pallasite.models import layers
 from pallasite.models.config import ModelConfig
 from pallasite.models.layers import RmsNorm, rope, rope_factor, rope_frequencies
 from pallasite.models.lora import BatchAdapters
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare, Matrix
-from pallasite.pallas_kernels.paged_attention import (
-    AttentionConfig,
-    PagedCache,
-    Ragged,
-    paged_attention,
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where a block runs: in one layer, on the tokens of one batch.
-
-    Attributes:
-        layer: the layer's index.
-        ragged: whose the tokens are.
-        frequencies: the layer's rope, radians a position for each pair of dimensions.
-        rope_factor: what its sines and cosines are multiplied by.
-        attention: what is static about the model's attention.
-        adapters: those of the batch.
-    """
-
-    layer: Int[Array, ""]
-    ragged: Ragged
-    frequencies: Float[Array, "pairs"]
-    rope_factor: float
-    attention: AttentionConfig
-    adapters: BatchAdapters
-
-    def rotate(self, x: Float[Array, "T N H"]) -> Float[Array, "T N H"]:
-        """Turns queries or keys by their positions."""
-        return rope(x, self.ragged.positions, self.frequencies, self.rope_factor)
-
-    def attend(
-        self,
-        q: Float[Array, "T N H"],
-        k: Float[Array, "T K H"],
-        v: Float[Array, "T K H"],
-        cache: PagedCache,
-    ) -> tuple[Float[Array, "T N*H"], PagedCache]:
-        """Writes the new rows into the cache and mixes the values that each query sees."""
-        with jax.named_scope("paged_attention"):
-            kv_new = jnp.stack((k, v), axis=2)
-            mixed, cache = paged_attention(
-                q, kv_new, cache, self.layer, self.ragged, self.attention
-            )
-        return mixed.reshape(q.shape[0], -1), cache
-
-    def linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-        """Multiplies as `layers.linear` does, by the matrix and each token's adapter of it."""
-        product = layers.linear(x, matrix)
-        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
-
-    def fine_linear(self, x: Float[Array, "T in"], matrix: Matrix) -> Float[Array, "T out"]:
-        """Multiplies as `layers.fine_linear` does, by the matrix and each token's adapter."""
-        product = layers.fine_linear(x, matrix)
-        return layers.total(product + self.adapters.change(x, matrix, self.layer), matrix)
-
+from pallasite.pallas_kernels.paged_attention import AttentionConfig, PagedCache, Ragged, Rope
 
 PlaceT = TypeVar("PlaceT", bound=Place)
 
@@ -150,14 +95,21 @@ def places(
     attention = AttentionConfig(
         scale=config.attention_scale, windows=config.windows, target=model.target
     )
-    frequencies = jnp.asarray(rope_frequencies(config))
+    frequencies, which = np.unique(rope_frequencies(config), axis=0, return_inverse=True)
+    # Outside the loop: most models turn all layers alike.
+    ropes = [rope(ragged.positions, own, rope_factor(config)) for own in frequencies]
+
+    def rope_of(index: Int[Array, ""]) -> Rope:
+        if len(ropes) == 1:
+            return ropes[0]
+        own = jnp.asarray(which, jnp.int32)[index]
+        return jax.tree.map(lambda *tables: jnp.stack(tables)[own], *ropes)
 
     def place(index: Int[Array, ""]) -> PlaceT:
         return kind(
             layer=index,
             ragged=ragged,
-            frequencies=frequencies[index],
-            rope_factor=rope_factor(config),
+            rope=rope_of(index),
             attention=attention,
             adapters=adapters,
         )
@@ -169,11 +121,11 @@ def layer_weights(model: Decoder, index: Int[Array, ""]) -> DecoderLayers:
     """Returns one layer's weights."""
 
     def own(part: Any) -> Any:
-        if isinstance(part, Matrix):
+        if isinstance(part, Matrix | RmsNorm):
             return part.of_layer(index)
         return jax.lax.dynamic_index_in_dim(part, index, keepdims=False)
 
-    return jax.tree.map(own, model.layers, is_leaf=lambda part: isinstance(part, Matrix))
+    return jax.tree.map(own, model.layers, is_leaf=lambda part: isinstance(part, Matrix | RmsNorm))
 
 
 def embed(model: Decoder, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:

@@ -5,8 +5,10 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Place
+from pallasite.models.layers import Stream
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare
+from pallasite.pallas_kernels.quantized_matmul import Gate
 
 
 class GatedFeedForward(nnx.Module):
@@ -16,6 +18,7 @@ class GatedFeedForward(nnx.Module):
     """
 
     prefix = "model.layers.{layer}.mlp."
+    activation: Gate = "silu"
 
     def __init__(self, config: ModelConfig, declare: Declare) -> None:
         L, D, F = config.num_layers, config.model_width, config.ffn_width
@@ -30,12 +33,9 @@ class GatedFeedForward(nnx.Module):
         self.gate = declare.matrix(shape, ffn_in, self.prefix + "gate_proj.weight")
         self.up = declare.matrix(shape, ffn_in, self.prefix + "up_proj.weight")
 
-    def activation(self, x: Float[Array, "T F"]) -> Float[Array, "T F"]:
-        """What the gate goes through."""
-        return jax.nn.silu(x)
-
-    def __call__(self, h: Float[Array, "T D"], at: Place) -> Float[Array, "T D"]:
-        """Returns what the feed-forward adds to the residual stream."""
+    def __call__(
+        self, h: Stream, at: Place, onto: Float[Array, "T D"] | None = None
+    ) -> Float[Array, "T D"]:
+        """Returns what the feed-forward adds to the residual stream, or the sum."""
         with jax.named_scope("ffn"):
-            gated = self.activation(at.linear(h, self.gate)) * at.linear(h, self.up)
-            return at.linear(gated, self.down)
+            return at.linear(at.gated(h, self.gate, self.up, self.activation), self.down, onto)

@@ -6,13 +6,13 @@ own. Norms stand before and after attention and feed-forward, and over each quer
 
 import math
 
-import jax
 from jaxtyping import Array, Float
 
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Decoder, DecoderLayers, Place
+from pallasite.models.decoder import Decoder, DecoderLayers
 from pallasite.models.feed_forward import GatedFeedForward
-from pallasite.models.layers import RmsNorm, rms_norm
+from pallasite.models.layers import Normed, RmsNorm, rms_norm
+from pallasite.models.place import Place
 from pallasite.models.qwen3 import HeadNormAttention
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.paged_attention import PagedCache
@@ -22,7 +22,11 @@ class OffsetRmsNorm(RmsNorm):
     """A norm whose scale is held less one, so that a scale of one is a weight of zero."""
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        return rms_norm(x, 1.0 + self.scale[...], self.epsilon)
+        return rms_norm(x, self.factors(), self.epsilon)
+
+    def factors(self) -> Float[Array, "D"]:
+        """See `RmsNorm`."""
+        return 1.0 + self.own_scale()
 
 
 class Gemma3Attention(HeadNormAttention):
@@ -34,9 +38,7 @@ class Gemma3Attention(HeadNormAttention):
 class GeluFeedForward(GatedFeedForward):
     """A feed-forward whose gate goes through GELU, by tanh."""
 
-    def activation(self, x: Float[Array, "T F"]) -> Float[Array, "T F"]:
-        """See `GatedFeedForward`."""
-        return jax.nn.gelu(x, approximate=True)
+    activation = "gelu"
 
 
 class Gemma3Layers(DecoderLayers):
@@ -59,9 +61,9 @@ class Gemma3Layers(DecoderLayers):
         self, x: Float[Array, "T D"], cache: PagedCache, at: Place
     ) -> tuple[Float[Array, "T D"], PagedCache]:
         """See `DecoderLayers`."""
-        mixed, cache = self.attention(self.attention_norm(x), cache, at)
+        mixed, cache = self.attention(Normed(x, self.attention_norm), cache, at)
         x = x + self.after_attention_norm(mixed)
-        return x + self.after_ffn_norm(self.ffn(self.ffn_norm(x), at)), cache
+        return x + self.after_ffn_norm(self.ffn(Normed(x, self.ffn_norm), at)), cache
 
 
 class Gemma3(Decoder):

@@ -1,6 +1,8 @@
 """The pieces that decoder families are made of. Activations are f32; see `linear` for products."""
 
 import math
+from dataclasses import dataclass
+from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jaxtyping import Array, Float, Int
 from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfig
 from pallasite.models.sharding import MODEL_AXIS, RULES, sum_over
 from pallasite.models.weights import Declare, Matrix
+from pallasite.pallas_kernels.paged_attention import Rope
 from pallasite.pallas_kernels.quantized_matmul import dequantize, quantized_matmul, rows_of
 from pallasite.pallas_kernels.storage import decode
 
@@ -92,9 +95,42 @@ class RmsNorm(nnx.Module):
         axes = ("layers", axis) if is_stacked else (axis,)
         self.epsilon = config.norm_epsilon
         self.scale = declare.vector(shape, axes, name)
+        self.layer: Int[Array, ""] | None = None
+
+    def of_layer(self, index: Int[Array, ""]) -> Self:
+        """Returns one layer's, of norms that stack layers; its scale stays beside the others'."""
+        own = jax.tree.map(lambda part: part, self)
+        own.layer = index
+        return own
+
+    def own_scale(self) -> Float[Array, "D"]:
+        """The scale as it is held, a layer's where there are several."""
+        if self.layer is None:
+            return self.scale[...]
+        return jax.lax.dynamic_index_in_dim(self.scale[...], self.layer, keepdims=False)
+
+    def factors(self) -> Float[Array, "*L D"]:
+        """What the normed values are multiplied by: all layers' where a kernel can pick its own."""
+        return self.scale[...]
 
     def __call__(self, x: Float[Array, "*T D"]) -> Float[Array, "*T D"]:
-        return rms_norm(x, self.scale[...], self.epsilon)
+        return rms_norm(x, self.own_scale(), self.epsilon)
+
+
+@dataclass(frozen=True)
+class Normed:
+    """What a norm makes of a stream, not computed yet: a kernel may do so on its way."""
+
+    x: Float[Array, "T D"]
+    norm: RmsNorm
+
+
+Stream = Float[Array, "T D"] | Normed
+
+
+def values_of(stream: Stream) -> Float[Array, "T D"]:
+    """Returns the values of a stream, through its norm if it has one."""
+    return stream.norm(stream.x) if isinstance(stream, Normed) else stream
 
 
 def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "L pairs"]:
@@ -108,21 +144,11 @@ def rope_frequencies(config: ModelConfig) -> Float[np.ndarray, "L pairs"]:
 
 
 def rope(
-    x: Float[Array, "T N H"],
-    positions: Int[Array, "T"],
-    frequencies: Float[Array, "pairs"],
-    factor: float = 1.0,
-) -> Float[Array, "T N H"]:
-    """Rotary position embedding (Su et al. 2021), the halves of what is turned being the pairs.
-
-    The first 2 * pairs dimensions of a head are turned, and multiplied by `factor`.
-    """
-    num_rotated = 2 * frequencies.shape[0]
-    turned, rest = x[..., :num_rotated], x[..., num_rotated:]
-    angles = positions.astype(jnp.float32)[:, None] * frequencies[None, :]
-    cos, sin = factor * jnp.cos(angles)[:, None, :], factor * jnp.sin(angles)[:, None, :]
-    first, second = jnp.split(turned, 2, axis=-1)
-    return jnp.concatenate((first * cos - second * sin, second * cos + first * sin, rest), axis=-1)
+    positions: Int[Array, "T"], frequencies: Float[np.ndarray, "pairs"], factor: float = 1.0
+) -> Rope:
+    """Returns by how much tokens at these positions are turned; all is multiplied by `factor`."""
+    angles = positions.astype(jnp.float32)[:, None] * jnp.asarray(frequencies)[None, :]
+    return Rope(cosines=factor * jnp.cos(angles), sines=factor * jnp.sin(angles))
 
 
 def rope_factor(config: ModelConfig) -> float:

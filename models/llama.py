@@ -4,9 +4,10 @@ from jaxtyping import Array, Float
 
 from pallasite.models.attention import Attention
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Decoder, DecoderLayers, Place
+from pallasite.models.decoder import Decoder, DecoderLayers
 from pallasite.models.feed_forward import GatedFeedForward
-from pallasite.models.layers import RmsNorm
+from pallasite.models.layers import Normed, RmsNorm
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
@@ -31,9 +32,8 @@ class PreNormLayers(DecoderLayers):
         self, x: Float[Array, "T D"], cache: PagedCache, at: Place
     ) -> tuple[Float[Array, "T D"], PagedCache]:
         """See `DecoderLayers`."""
-        mixed, cache = self.attention(self.attention_norm(x), cache, at)
-        x = x + mixed
-        return x + self.ffn(self.ffn_norm(x), at), cache
+        x, cache = self.attention(Normed(x, self.attention_norm), cache, at, onto=x)
+        return self.ffn(Normed(x, self.ffn_norm), at, onto=x), cache
 
 
 class Llama(Decoder):

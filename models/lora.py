@@ -59,6 +59,10 @@ class BatchAdapters:
     token_slots: Int[Array, "T"]
     is_used: dict[str, Bool[Array, ""]]
 
+    def covers(self, matrix: Matrix) -> bool:
+        """Returns whether there is room for adapters of this matrix."""
+        return adapter_key(matrix.source) in self.adapters
+
     def change(
         self, x: Float[Array, "T in"], matrix: Matrix, layer: Int[Array, ""]
     ) -> Float[Array, "T out"] | float:

@@ -7,11 +7,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallasite.models.attention import Attention, Heads
+from pallasite.models.attention import Attention
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Decoder, DecoderLayers, Place
+from pallasite.models.decoder import Decoder, DecoderLayers
 from pallasite.models.feed_forward import GatedFeedForward
-from pallasite.models.layers import RmsNorm
+from pallasite.models.layers import RmsNorm, Stream
+from pallasite.models.place import Place
 from pallasite.models.sharding import MODEL_AXIS, sum_over
 from pallasite.models.weights import Declare
 from pallasite.pallas_kernels.paged_attention import PagedCache
@@ -35,7 +36,7 @@ class RowRmsNorm(RmsNorm):
     def __call__(self, x: Float[Array, "T NH"]) -> Float[Array, "T NH"]:
         squares = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
         mean_square = sum_over(squares, MODEL_AXIS) / self.num_summed
-        return x * jax.lax.rsqrt(mean_square + self.epsilon) * self.scale[...][None]
+        return x * jax.lax.rsqrt(mean_square + self.epsilon) * self.own_scale()[None]
 
 
 class RowNormAttention(Attention):
@@ -48,13 +49,10 @@ class RowNormAttention(Attention):
         self.q_norm = RowRmsNorm(config, declare, q_name, "query_heads", config.num_query_heads)
         self.k_norm = RowRmsNorm(config, declare, k_name, "kv_heads", config.num_kv_heads)
 
-    def project(self, h: Float[Array, "T D"], at: Place) -> Heads:
+    def project(self, h: Stream, at: Place) -> Float[Array, "T heads H"]:
         """See `Attention`."""
-        return (
-            self.heads(self.q_norm(at.linear(h, self.q))),
-            self.heads(self.k_norm(at.fine_linear(h, self.k))),
-            self.heads(at.fine_linear(h, self.v)),
-        )
+        q, k, v = self.split(at.project(h, self.q, self.k, self.v))
+        return self.cut(jnp.concatenate((self.q_norm(q), self.k_norm(k), v), axis=1))
 
 
 class PostNormLayers(DecoderLayers):

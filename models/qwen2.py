@@ -1,11 +1,14 @@
 """The Qwen2 family (Yang et al. 2024), Qwen2.5 too: Llama's blocks with biases on q, k and v."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallasite.models.attention import Attention, Heads
+from pallasite.models.attention import Attention
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Decoder, Place
+from pallasite.models.decoder import Decoder
+from pallasite.models.layers import Stream
 from pallasite.models.llama import PreNormLayers
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare
 
 
@@ -22,13 +25,10 @@ class BiasedAttention(Attention):
         self.k_bias = declare.vector((L, KH), kv_axes, self.prefix + "k_proj.bias")
         self.v_bias = declare.vector((L, KH), kv_axes, self.prefix + "v_proj.bias")
 
-    def project(self, h: Float[Array, "T D"], at: Place) -> Heads:
+    def project(self, h: Stream, at: Place) -> Float[Array, "T heads H"]:
         """See `Attention`."""
-        return (
-            self.heads(at.linear(h, self.q) + self.q_bias[...][None]),
-            self.heads(at.fine_linear(h, self.k) + self.k_bias[...][None]),
-            self.heads(at.fine_linear(h, self.v) + self.v_bias[...][None]),
-        )
+        biases = jnp.concatenate((self.q_bias[...], self.k_bias[...], self.v_bias[...]))
+        return self.cut(at.project(h, self.q, self.k, self.v) + biases[None])
 
 
 class Qwen2(Decoder):

@@ -1,12 +1,14 @@
 """The Qwen3 family (Yang et al. 2025): Llama's blocks with a norm over each query and key head."""
 
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from pallasite.models.attention import Attention, Heads
+from pallasite.models.attention import Attention
 from pallasite.models.config import ModelConfig
-from pallasite.models.decoder import Decoder, Place
-from pallasite.models.layers import RmsNorm
+from pallasite.models.decoder import Decoder
+from pallasite.models.layers import RmsNorm, Stream
 from pallasite.models.llama import PreNormLayers
+from pallasite.models.place import Place
 from pallasite.models.weights import Declare
 
 
@@ -22,10 +24,10 @@ class HeadNormAttention(Attention):
         self.q_norm = self.norm(config, declare, self.prefix + "q_norm.weight", "head", H)
         self.k_norm = self.norm(config, declare, self.prefix + "k_norm.weight", "head", H)
 
-    def project(self, h: Float[Array, "T D"], at: Place) -> Heads:
+    def project(self, h: Stream, at: Place) -> Float[Array, "T heads H"]:
         """See `Attention`."""
-        q, k, v = super().project(h, at)
-        return self.q_norm(q), self.k_norm(k), v
+        q, k, v = map(self.cut, self.split(at.project(h, self.q, self.k, self.v)))
+        return jnp.concatenate((self.q_norm(q), self.k_norm(k), v), axis=1)
 
 
 class Qwen3(Decoder):

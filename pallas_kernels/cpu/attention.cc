@@ -199,7 +199,7 @@ std::string shapes_fault(const Attention& a) {
 }
 
 ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::RemainingRets results,
-                  std::string_view instructions, bool has_windows, bool has_sinks, float scale, float soft_cap) try {
+                  std::string_view instructions, bool has_rope, bool has_windows, bool has_sinks, float scale, float soft_cap) try {
   const Bodies* bodies = choose(instructions).bodies;
   if (bodies == nullptr) {
     return invalid("got a program for a processor with " + std::string(instructions) +
@@ -207,18 +207,16 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
   }
   Arguments args(remaining);
   Attention a{};
-  const ffi::AnyBuffer q = args.take("q", {Type::F32});
-  const ffi::AnyBuffer kv_new = args.take("kv_new", {Type::F32});
+  const ffi::AnyBuffer heads = args.take("the heads", {Type::F32});
   const ffi::AnyBuffer values = args.take("the cache", {Type::F32, Type::U16, Type::S8});
   if (!args.error().empty()) return invalid(args.error());
   const auto shape = values.dimensions();
-  if (q.dimensions().size() != 3 || shape.size() != 6 || shape[3] != 2) {
-    return invalid("got q " + shown(q.dimensions()) + " and a cache " + shown(shape) +
-                   "; they must be [T, N, H] and [L, P, K, 2, page, H]");
+  if (heads.dimensions().size() != 3 || shape.size() != 6 || shape[3] != 2) {
+    return invalid("got heads " + shown(heads.dimensions()) + " and a cache " + shown(shape) +
+                   "; they must be [T, N + 2 K, H] and [L, P, K, 2, page, H]");
   }
   Layout layout{};
-  layout.num_tokens = q.dimensions()[0];
-  a.num_heads = q.dimensions()[1];
+  layout.num_tokens = heads.dimensions()[0];
   Cache& cache = a.cache;
   const int64_t num_layers = shape[0];
   cache.num_pages = shape[1];
@@ -259,16 +257,29 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
     const ffi::AnyBuffer windows = args.take("windows", {Type::S32}, {num_layers});
     if (args.error().empty()) a.window = data<int32_t>(windows)[layer];
   }
+  if (!args.error().empty()) return invalid(args.error());
+  if (has_rope) {
+    const ffi::AnyBuffer cosines = args.take("cosines", {Type::F32});
+    if (args.error().empty() && cosines.dimensions().size() == 2) {
+      a.num_pairs = cosines.dimensions()[1];
+    }
+    const ffi::AnyBuffer sines =
+        args.take("sines", {Type::F32}, {layout.num_tokens, a.num_pairs});
+    if (a.num_pairs % kLanes != 0 || 2 * a.num_pairs > cache.head_width ||
+        cosines.element_count() != sines.element_count()) {
+      args.fail("got cosines " + shown(cosines.dimensions()) + " for heads of " +
+                std::to_string(cache.head_width) + "; they must be [T, pairs], of whole 16 pairs");
+    }
+    if (!args.error().empty()) return invalid(args.error());
+    a.cosines = data<float>(cosines);
+    a.sines = data<float>(sines);
+  }
+  a.num_heads = heads.dimensions()[1] - 2 * cache.num_kv_heads;
+  if (a.num_heads < 1 || heads.dimensions()[2] != cache.head_width) {
+    return invalid("got heads " + shown(heads.dimensions()) + " for a cache " + shown(shape));
+  }
   if (has_sinks) a.sinks = data<float>(args.take("sinks", {Type::F32}, {a.num_heads}));
   if (!args.error().empty()) return invalid(args.error());
-  const std::vector<int64_t> kv_shape = {layout.num_tokens, cache.num_kv_heads, 2,
-                                         cache.head_width};
-  const auto got = kv_new.dimensions();
-  if (!std::equal(got.begin(), got.end(), kv_shape.begin(), kv_shape.end()) ||
-      q.dimensions()[2] != cache.head_width) {
-    return invalid("got q " + shown(q.dimensions()) + " and kv_new " + shown(got) +
-                   " for a cache " + shown(shape));
-  }
   if (const std::string fault = shapes_fault(a); !fault.empty()) return invalid(fault);
   auto out = results.get<ffi::AnyBuffer>(0);
   auto written = results.get<ffi::AnyBuffer>(1);
@@ -286,8 +297,11 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
     }
     cache.scales = scales + layer * rows;
   }
-  a.q = data<float>(q);
-  a.kv_new = data<float>(kv_new);
+  // A token's queries, then its keys, then its values.
+  a.q = data<float>(heads);
+  a.k_new = a.q + a.num_heads * cache.head_width;
+  a.v_new = a.k_new + cache.num_kv_heads * cache.head_width;
+  a.stride = heads.dimensions()[1] * cache.head_width;
   a.out = static_cast<float*>((*out)->untyped_data());
   a.positions = data<int32_t>(positions);
   a.kv_lens = data<int32_t>(kv_lens);
@@ -318,6 +332,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasiteAttend, pallasite::attend,
                                   .RemainingArgs()
                                   .RemainingRets()
                                   .Attr<std::string_view>("instructions")
+                                  .Attr<bool>("has_rope")
                                   .Attr<bool>("has_windows")
                                   .Attr<bool>("has_sinks")
                                   .Attr<float>("scale")

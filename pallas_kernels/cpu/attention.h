@@ -61,52 +61,96 @@ size_t attend_scratch(const Attention& a, int64_t num_tokens) {
   return static_cast<size_t>(Block::make(a, num_tokens, nullptr).end - static_cast<std::byte*>(nullptr));
 }
 
-// The products of `kRows` rows of f32 with one strip of f32.
-template <int kRows>
-PALLASITE_INLINE void multiply_floats(const float* weights, int64_t weight_stride, int64_t count,
-                                      const float* x, int64_t stride, Floats (&sums)[kRows]) {
-  for (int r = 0; r < kRows; ++r) sums[r] = zeros();
-  for (int64_t i = 0; i < count; ++i) {
-    const Floats own = load(weights + i * weight_stride);
+// A tile of kRows rows by kStrips strips: sums[r][s] = rows of x times strips of pairs of bfloat16.
+template <int kRows, int kStrips>
+PALLASITE_INLINE void multiply_pairs(const uint8_t* weights, int64_t strip_bytes, int64_t num_pairs,
+                                     const uint16_t* x, int64_t stride,
+                                     Floats (&sums)[kRows][kStrips]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) sums[r][s] = zeros();
+  }
+  for (int64_t pair = 0; pair < num_pairs; ++pair) {
+    Bytes own[kStrips];
+#pragma GCC unroll 8
+    for (int s = 0; s < kStrips; ++s) own[s] = load_bytes(weights + s * strip_bytes + pair * 64);
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) sums[r] = fma(own, splat(x[r * stride + i]), sums[r]);
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int s = 0; s < kStrips; ++s) {
+        sums[r][s] = dot_bfloat16(sums[r][s], own[s], x + r * stride + 2 * pair);
+      }
+    }
   }
 }
 
-// Calls tile<kRows>(first row) until all rows have been in one.
+// The same with f32; of a strip, weights of one x are `step` floats after those of the last.
+template <int kRows, int kStrips>
+PALLASITE_INLINE void multiply_floats(const float* weights, int64_t strip_size, int64_t step,
+                                      int64_t count, const float* x, int64_t stride,
+                                      Floats (&sums)[kRows][kStrips]) {
+  for (int r = 0; r < kRows; ++r) {
+    for (int s = 0; s < kStrips; ++s) sums[r][s] = zeros();
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    Floats own[kStrips];
+#pragma GCC unroll 8
+    for (int s = 0; s < kStrips; ++s) own[s] = load(weights + s * strip_size + i * step);
+#pragma GCC unroll 16
+    for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+      for (int s = 0; s < kStrips; ++s) {
+        sums[r][s] = fma(own[s], splat(x[r * stride + i]), sums[r][s]);
+      }
+    }
+  }
+}
+
+// Calls tile<rows, strips>(first row, first strip) until all rows and strips have been in one. As
+// many sums as fit in registers, so that one does not wait for the next.
 template <typename Tile>
-PALLASITE_INLINE void for_tiles(int64_t num_rows, const Tile& tile) {
+PALLASITE_INLINE void for_tiles(int64_t num_rows, int64_t num_strips, const Tile& tile) {
   int64_t row = 0;
+  const auto pass = [&](auto rows, auto strips) PALLASITE_LAMBDA {
+    constexpr int kRows = decltype(rows)::value, kStrips = decltype(strips)::value;
+    for (; row + kRows <= num_rows; row += kRows) {
+      int64_t strip = 0;
+      for (; strip + kStrips <= num_strips; strip += kStrips) {
+        tile.template operator()<kRows, kStrips>(row, strip);
+      }
+      for (; strip < num_strips; ++strip) tile.template operator()<kRows, 1>(row, strip);
+    }
+  };
   if constexpr (kMaxRows >= 12) {
-    for (; row + 12 <= num_rows; row += 12) tile.template operator()<12>(row);
+    pass(Size<12>{}, Size<2>{});
+    pass(Size<6>{}, Size<4>{});
+    pass(Size<3>{}, Size<4>{});
+    pass(Size<1>{}, Size<8>{});
+  } else {
+    pass(Size<3>{}, Size<1>{});
+    pass(Size<1>{}, Size<4>{});
   }
-  if constexpr (kMaxRows >= 6) {
-    for (; row + 6 <= num_rows; row += 6) tile.template operator()<6>(row);
-  }
-  for (; row + 3 <= num_rows; row += 3) tile.template operator()<3>(row);
-  for (; row < num_rows; ++row) tile.template operator()<1>(row);
 }
 
 struct ScoreTile {
   const Block& block;
   bool is_wide;
-  int64_t strip;
 
-  template <int kRows>
-  PALLASITE_INLINE void operator()(int64_t row) const {
+  template <int kRows, int kStrips>
+  PALLASITE_INLINE void operator()(int64_t row, int64_t strip) const {
     const int64_t width = block.head_width;
-    Floats sums[kRows];
+    Floats sums[kRows][kStrips];
     if (is_wide) {
       const float* keys = reinterpret_cast<const float*>(block.keys) + strip * width * kLanes;
       const float* queries = reinterpret_cast<const float*>(block.queries) + row * width;
-      multiply_floats<kRows>(keys, kLanes, width, queries, width, sums);
+      multiply_floats<kRows, kStrips>(keys, width * kLanes, kLanes, width, queries, width, sums);
     } else {
       const uint8_t* keys = reinterpret_cast<const uint8_t*>(block.keys) + strip * width * 32;
       const uint16_t* queries = reinterpret_cast<const uint16_t*>(block.queries) + row * width;
-      multiply_pairs<kRows, false>(keys, width / 2, queries, width, sums);
+      multiply_pairs<kRows, kStrips>(keys, width * 32, width / 2, queries, width, sums);
     }
     for (int r = 0; r < kRows; ++r) {
-      store(block.scores + (row + r) * kBlockKeys + strip * kLanes, sums[r]);
+      float* scores = block.scores + (row + r) * kBlockKeys + strip * kLanes;
+      for (int s = 0; s < kStrips; ++s) store(scores + s * kLanes, sums[r][s]);
     }
   }
 };
@@ -115,25 +159,28 @@ struct ValueTile {
   const Block& block;
   bool is_wide;
   int64_t num_keys;
-  int64_t strip;
 
-  template <int kRows>
-  PALLASITE_INLINE void operator()(int64_t row) const {
+  template <int kRows, int kStrips>
+  PALLASITE_INLINE void operator()(int64_t row, int64_t strip) const {
     const int64_t width = block.head_width;
-    Floats sums[kRows];
+    Floats sums[kRows][kStrips];
     if (is_wide) {
       const float* values = reinterpret_cast<const float*>(block.values) + strip * kLanes;
       const float* weights = reinterpret_cast<const float*>(block.weights) + row * kBlockKeys;
-      multiply_floats<kRows>(values, width, num_keys, weights, kBlockKeys, sums);
+      multiply_floats<kRows, kStrips>(values, kLanes, width, num_keys, weights, kBlockKeys, sums);
     } else {
       const uint8_t* values =
           reinterpret_cast<const uint8_t*>(block.values) + strip * kBlockKeys * 32;
       const uint16_t* weights = reinterpret_cast<const uint16_t*>(block.weights) + row * kBlockKeys;
-      multiply_pairs<kRows, false>(values, num_keys / 2, weights, kBlockKeys, sums);
+      multiply_pairs<kRows, kStrips>(values, kBlockKeys * 32, num_keys / 2, weights, kBlockKeys,
+                                     sums);
     }
     for (int r = 0; r < kRows; ++r) {
+      const Floats factor = splat(block.factors[row + r]);
       float* mixed = block.mixed + (row + r) * width + strip * kLanes;
-      store(mixed, fma(load(mixed), splat(block.factors[row + r]), sums[r]));
+      for (int s = 0; s < kStrips; ++s) {
+        store(mixed + s * kLanes, fma(load(mixed + s * kLanes), factor, sums[r][s]));
+      }
     }
   }
 };
@@ -157,6 +204,17 @@ PALLASITE_INLINE Rows find_rows(const Attention& a, int64_t request, int64_t kv_
   const bool is_scaled = cache.type == CacheType::kInt8;
   return {cache.values + row * cache.head_width * item_size(cache.type),
           is_scaled ? cache.scales + row : nullptr};
+}
+
+// Has sixteen keys and values come nearer: pages lie anywhere, which no processor foresees.
+PALLASITE_INLINE void fetch_rows(const Attention& a, const Task& task, int64_t position) {
+  const int64_t size = kLanes * a.cache.head_width * item_size(a.cache.type);
+  const Rows keys = find_rows(a, task.request, task.kv_head, 0, position);
+  const Rows values = find_rows(a, task.request, task.kv_head, 1, position);
+  for (int64_t i = 0; i < size; i += 64) {
+    __builtin_prefetch(keys.values + i, 0, 2);
+    __builtin_prefetch(values.values + i, 0, 2);
+  }
 }
 
 // Returns sixteen rows as bfloat16, the first `count` of them; the others are zeros. What is not
@@ -271,20 +329,35 @@ PALLASITE_INLINE void weigh(const Attention& a, const Block& block, int64_t row,
   block.largest[row] = now;
 }
 
+// Calls put(i, sixteen values from dimension i on) for all of a head's row, turned by its position.
+template <typename Put>
+PALLASITE_INLINE void turn_row(const Attention& a, const float* x, int64_t token, const Put& put) {
+  const int64_t width = a.cache.head_width, pairs = a.num_pairs;
+  const float* cosines = a.cosines + token * pairs;
+  const float* sines = a.sines + token * pairs;
+  for (int64_t i = 0; i < pairs; i += kLanes) {
+    const Floats first = load(x + i), second = load(x + pairs + i);
+    const Floats cosine = load(cosines + i), sine = load(sines + i);
+    put(i, sub(mul(first, cosine), mul(second, sine)));
+    put(pairs + i, add(mul(second, cosine), mul(first, sine)));
+  }
+  for (int64_t i = 2 * pairs; i < width; i += kLanes) put(i, load(x + i));
+}
+
 PALLASITE_INLINE void start(const Attention& a, const Task& task, const Block& block) {
   const int64_t width = block.head_width, group = a.num_heads / a.cache.num_kv_heads;
   for (int64_t row = 0; row < block.num_rows; ++row) {
     const int64_t token = task.first_token + row / group, head = task.kv_head * group + row % group;
-    const float* q = a.q + (token * a.num_heads + head) * width;
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Floats scaled = mul(load(q + i), splat(a.scale));
+    turn_row(a, a.q + token * a.stride + head * width, token, [&](int64_t i, Floats x)
+             PALLASITE_LAMBDA {
+      const Floats scaled = mul(x, splat(a.scale));
       if (a.cache.type == CacheType::kFloat32) {
         store(reinterpret_cast<float*>(block.queries) + row * width + i, scaled);
       } else {
         store_bfloat16(reinterpret_cast<uint16_t*>(block.queries) + row * width + i, scaled);
       }
       store(block.mixed + row * width + i, zeros());
-    }
+    });
     // A sink is a score that adds no value; where keys are in parts, only one has it.
     const bool has_sink = a.sinks != nullptr && task.has_sinks;
     block.largest[row] = has_sink ? a.sinks[head] : -__builtin_inff();
@@ -301,21 +374,20 @@ void attend(const Attention& a, const Task& task, std::byte* scratch) {
     const int64_t seen = task.key_end - begin < kBlockKeys ? task.key_end - begin : kBlockKeys;
     const int64_t num_strips = (seen + kLanes - 1) / kLanes;
     for (int64_t strip = 0; strip < num_strips; ++strip) {
+      if (begin + (strip + 2) * kLanes < task.key_end) {
+        fetch_rows(a, task, begin + (strip + 2) * kLanes);
+      }
       const int64_t rest = seen - strip * kLanes;
       pack_rows(a, task, block, strip, begin + strip * kLanes, rest < kLanes ? rest : kLanes);
     }
-    for (int64_t strip = 0; strip < num_strips; ++strip) {
-      for_tiles(block.num_rows, ScoreTile{block, is_wide, strip});
-    }
+    for_tiles(block.num_rows, num_strips, ScoreTile{block, is_wide});
     for (int64_t row = 0; row < block.num_rows; ++row) {
       const int64_t position = a.positions[task.first_token + row / group];
       const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
       const int64_t last = position + 1 - begin < seen ? position + 1 - begin : seen;
       weigh(a, block, row, num_strips * kLanes, oldest - begin, last);
     }
-    for (int64_t strip = 0; strip < width / kLanes; ++strip) {
-      for_tiles(block.num_rows, ValueTile{block, is_wide, num_strips * kLanes, strip});
-    }
+    for_tiles(block.num_rows, width / kLanes, ValueTile{block, is_wide, num_strips * kLanes});
   }
   for (int64_t row = 0; row < block.num_rows; ++row) {
     const int64_t token = task.first_token + row / group, head = task.kv_head * group + row % group;
@@ -359,32 +431,42 @@ void merge(const Attention& a, int64_t token, int64_t kv_head, const float* part
   }
 }
 
-void write_rows(const Attention& a, int64_t request, int64_t begin, int64_t end) {
+PALLASITE_INLINE void write_row(const Attention& a, const Rows& rows, const float* x, bool turns,
+                                int64_t token) {
   const int64_t width = a.cache.head_width;
+  std::byte* out = const_cast<std::byte*>(rows.values);
+  const auto each = [&](const auto& put) PALLASITE_LAMBDA {
+    if (turns) return turn_row(a, x, token, put);
+    for (int64_t i = 0; i < width; i += kLanes) put(i, load(x + i));
+  };
+  if (a.cache.type == CacheType::kFloat32) {
+    each([&](int64_t i, Floats some) { store(reinterpret_cast<float*>(out) + i, some); });
+  } else if (a.cache.type == CacheType::kBfloat16) {
+    each([&](int64_t i, Floats some) {
+      store_bfloat16(reinterpret_cast<uint16_t*>(out) + i, some);
+    });
+  } else {
+    Floats most = zeros();
+    each([&](int64_t, Floats some) { most = max(most, abs(some)); });
+    const float scale = largest(most) * (1.0f / 127);
+    const bool is_zero = scale < 1.17549435e-38f;
+    const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scale);
+    each([&](int64_t i, Floats some) {
+      store_int8(reinterpret_cast<int8_t*>(out) + i, to_ints(mul(some, inverse)));
+    });
+    *const_cast<float*>(rows.scales) = is_zero ? 0.0f : scale;
+  }
+}
+
+void write_rows(const Attention& a, int64_t request, int64_t begin, int64_t end) {
   for (int64_t token = begin; token < end; ++token) {
     for (int64_t kv_head = 0; kv_head < a.cache.num_kv_heads; ++kv_head) {
-      for (int64_t which = 0; which < 2; ++which) {
-        const float* x = a.kv_new + ((token * a.cache.num_kv_heads + kv_head) * 2 + which) * width;
-        const Rows rows = find_rows(a, request, kv_head, which, a.positions[token]);
-        std::byte* out = const_cast<std::byte*>(rows.values);
-        if (a.cache.type == CacheType::kFloat32) {
-          std::memcpy(out, x, width * 4);
-        } else if (a.cache.type == CacheType::kBfloat16) {
-          for (int64_t i = 0; i < width; i += kLanes) {
-            store_bfloat16(reinterpret_cast<uint16_t*>(out) + i, load(x + i));
-          }
-        } else {
-          Floats most = zeros();
-          for (int64_t i = 0; i < width; i += kLanes) most = max(most, abs(load(x + i)));
-          const float scale = largest(most) * (1.0f / 127);
-          const bool is_zero = scale < 1.17549435e-38f;
-          const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scale);
-          for (int64_t i = 0; i < width; i += kLanes) {
-            store_int8(reinterpret_cast<int8_t*>(out) + i, to_ints(mul(load(x + i), inverse)));
-          }
-          *const_cast<float*>(rows.scales) = is_zero ? 0.0f : scale;
-        }
-      }
+      const int64_t at = token * a.stride + kv_head * a.cache.head_width;
+      const int64_t position = a.positions[token];
+      const Rows keys = find_rows(a, request, kv_head, 0, position);
+      write_row(a, keys, a.k_new + at, a.num_pairs > 0, token);
+      const Rows values = find_rows(a, request, kv_head, 1, position);
+      write_row(a, values, a.v_new + at, false, token);
     }
   }
 }

@@ -81,8 +81,15 @@ struct Cache {
 
 struct Attention {
   Cache cache;
+  // A token's heads lie one after another, and tokens are `stride` floats apart.
   const float* q;          // [T, N, H]
-  const float* kv_new;     // [T, K, 2, H]
+  const float* k_new;      // [T, K, H]
+  const float* v_new;      // [T, K, H]
+  int64_t stride;
+  // Rotary embedding of queries and keys: the first 2 * `num_pairs` dimensions are turned.
+  const float* cosines;    // [T, pairs]
+  const float* sines;      // [T, pairs]
+  int64_t num_pairs;       // 0 for none
   float* out;              // [T, N, H]
   int64_t num_heads;
   const int32_t* positions;

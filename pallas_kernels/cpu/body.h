@@ -32,6 +32,12 @@ PALLASITE_GCC_TARGET(PALLASITE_TARGET)
 namespace pallasite {
 namespace PALLASITE_NAMESPACE {
 namespace {
+
+template <int kValue>
+struct Size {
+  static constexpr int value = kValue;
+};
+
 // Compiled for these instructions alone, so no other body may be linked in their place.
 #include PALLASITE_SIMD
 #include "elementary.h"

@@ -1,6 +1,7 @@
 // Products as XLA sees them: a custom call that rounds rows, multiplies them and hands strips of the
 // matrices to a team of threads.
 
+#include <algorithm>
 #include <cstdint>
 #include <new>
 #include <string>
@@ -76,6 +77,20 @@ Matrix take_matrix(Arguments& args, int64_t layer) {
   return matrix;
 }
 
+// Takes a norm's scale [L, inputs] or [inputs], and returns the layer's.
+const float* take_norm(Arguments& args, int64_t layer, int64_t num_inputs) {
+  const ffi::AnyBuffer norm = args.take("the norm", {Type::F32});
+  const auto shape = norm.dimensions();
+  const int64_t num_layers = shape.size() == 2 ? shape[0] : 1;
+  if (shape.size() == 0 || shape.size() > 2 || shape.back() != num_inputs) {
+    args.fail("got a norm " + shown(shape) + " for " + std::to_string(num_inputs) + " inputs");
+  } else if (shape.size() == 2 && (layer < 0 || layer >= num_layers)) {
+    args.fail("got layer " + std::to_string(layer) + " of " + std::to_string(num_layers));
+  }
+  if (!args.error().empty()) return nullptr;
+  return data<float>(norm) + (shape.size() == 2 ? layer * num_inputs : 0);
+}
+
 // Rows of x that are multiplied before the next ones: they stay in the second-level cache while all
 // strips pass.
 int64_t rows_at_once(const Product& product) {
@@ -136,7 +151,8 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
                     ffi::Result<ffi::BufferR2<Type::F32>> out, std::string_view instructions,
-                    bool has_norm, bool has_residual, int32_t gate, float epsilon) try {
+                    bool has_count, bool has_norm, bool has_residual, int32_t gate,
+                    float epsilon) try {
   const Bodies* bodies = choose(instructions).bodies;
   if (bodies == nullptr) {
     return invalid("got a program for a processor with " + std::string(instructions) +
@@ -150,10 +166,19 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
     return invalid("got x " + shown(x.dimensions()) + "; it must be [T, inputs]");
   }
   const int64_t num_rows = x.dimensions()[0], num_inputs = x.dimensions()[1];
+  int64_t num_used = num_rows;
+  if (has_count) {
+    const ffi::AnyBuffer count = args.take("the count", {Type::S32}, {});
+    if (args.error().empty()) num_used = *data<int32_t>(count);
+    if (num_used < 0 || num_used > num_rows) {
+      return invalid("got " + std::to_string(num_used) + " rows in use of " +
+                     std::to_string(num_rows));
+    }
+  }
   const int64_t num_outputs = out->dimensions()[1];
   Rounding rounding{data<float>(x), num_inputs, nullptr, epsilon, false};
   if (has_norm) {
-    rounding.norm = data<float>(args.take("the norm", {Type::F32}, {num_inputs}));
+    rounding.norm = take_norm(args, *data<int32_t>(layer), num_inputs);
   }
   Product product{};
   product.out = out->typed_data();
@@ -198,8 +223,10 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
     return invalid("got outputs " + shown(out->dimensions()) + "; they must be [" +
                    std::to_string(num_rows) + ", " + std::to_string(expected) + "]");
   }
+  std::fill(product.out + num_used * num_outputs, product.out + num_rows * num_outputs, 0.0f);
+  if (num_used == 0) return ffi::Error::Success();
   Call call(pool);
-  run_product(call, *bodies, rounding, product, num_rows);
+  run_product(call, *bodies, rounding, product, num_used);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "got no memory for a product's inputs");
@@ -214,6 +241,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasiteMultiply, pallasite::multiply,
                                   .RemainingArgs()
                                   .Ret<ffi::BufferR2<ffi::DataType::F32>>()
                                   .Attr<std::string_view>("instructions")
+                                  .Attr<bool>("has_count")
                                   .Attr<bool>("has_norm")
                                   .Attr<bool>("has_residual")
                                   .Attr<int32_t>("gate")

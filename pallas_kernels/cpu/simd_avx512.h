@@ -148,11 +148,13 @@ PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint
 
 // Writes sixteen pairs (a[i], b[i]).
 PALLASITE_INLINE void interleave_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
-  const __m512i low =
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(a)));
-  const __m512i high =
-      _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(b)));
-  _mm512_storeu_si512(out, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+  const __m512i order = _mm512_set_epi16(
+      47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
+      3, 34, 2, 33, 1, 32, 0);
+  const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+  const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(_mm512_castsi256_si512(first), order,
+                                                     _mm512_castsi256_si512(second)));
 }
 
 // x in the lanes [begin, end), `other` in the rest.

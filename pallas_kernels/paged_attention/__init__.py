@@ -13,9 +13,19 @@ from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.paged_attention import cpu, gpu, reference, tpu
 from pallasite.pallas_kernels.paged_attention.contract import AttentionConfig, PagedCache, Ragged
+from pallasite.pallas_kernels.paged_attention.rope import Rope, rotate
 from pallasite.pallas_kernels.target import Target
 
-__all__ = ["AttentionConfig", "PagedCache", "Ragged", "paged_attention", "refused_pages"]
+__all__ = [
+    "AttentionConfig",
+    "PagedCache",
+    "Ragged",
+    "Rope",
+    "paged_attention",
+    "refused_pages",
+    "rotary_attention",
+    "rotate",
+]
 
 _BODIES = {
     "cpu": reference.paged_attention,
@@ -57,6 +67,28 @@ def paged_attention(
             f" platforms {', '.join(_BODIES)}"
         )
     return body(q, kv_new, cache, layer, ragged, config, sinks)
+
+
+def rotary_attention(
+    heads: Float[Array, "T heads H"],
+    rope: Rope,
+    cache: PagedCache,
+    layer: Int[Array, ""],
+    ragged: Ragged,
+    config: AttentionConfig,
+) -> tuple[Float[Array, "T N H"], PagedCache]:
+    """Turns queries and keys by their positions, and attends as `paged_attention` does.
+
+    Args:
+        heads: N queries, K keys and K values of each token, side by side; K is the cache's.
+    """
+    num_kv_heads = cache.values.shape[2]
+    num_queries = heads.shape[1] - 2 * num_kv_heads
+    if config.target.platform == "cpu" and cpu.takes(cache, config) and cpu.turns(rope):
+        return cpu.attend(heads, rope, cache, layer, ragged, config)
+    q, k, v = jnp.split(heads, (num_queries, num_queries + num_kv_heads), axis=1)
+    kv_new = jnp.stack((rotate(k, rope), v), axis=2)
+    return paged_attention(rotate(q, rope), kv_new, cache, layer, ragged, config)
 
 
 def refused_pages(cache: PagedCache, target: Target) -> range:

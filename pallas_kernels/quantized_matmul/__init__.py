@@ -5,10 +5,21 @@ from jaxtyping import Array, Float
 
 from pallasite.pallas_kernels.quantized_matmul import cpu, gpu, reference, tpu
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
+from pallasite.pallas_kernels.quantized_matmul.cpu import Fused, Gate, fused_matmul
+from pallasite.pallas_kernels.quantized_matmul.cpu import takes as fuses
 from pallasite.pallas_kernels.quantized_matmul.reference import dequantize
 from pallasite.pallas_kernels.quantized_matmul.strips import rows_of
 
-__all__ = ["QuantizedMatrix", "dequantize", "quantized_matmul", "rows_of"]
+__all__ = [
+    "Fused",
+    "Gate",
+    "QuantizedMatrix",
+    "dequantize",
+    "fused_matmul",
+    "fuses",
+    "quantized_matmul",
+    "rows_of",
+]
 
 
 def quantized_matmul(

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.cpu import MULTIPLY
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
@@ -27,13 +27,17 @@ class Fused:
     """What is done beside the products.
 
     Attributes:
-        norm: the scale of a root-mean-square norm that x goes through first, `[in]`.
+        count: how many rows of x are in use, the first ones; the results of others are zeros. None
+            for all.
+        norm: the scale of a root-mean-square norm that x goes through first, `[in]`, or `[L, in]`
+            beside stacked matrices.
         epsilon: that norm's.
         gate: of two matrices: gate(x @ first.T) * (x @ second.T); gelu is tanh's approximation.
         residual: added to the result, `[T, out]`.
     """
 
-    norm: Float[Array, "in"] | None = None
+    count: Int[Array, ""] | None = None
+    norm: Float[Array, "*L in"] | None = None
     epsilon: float = 0.0
     gate: Gate | None = None
     residual: Float[Array, "T out"] | None = None
@@ -62,6 +66,8 @@ def fused_matmul(
     first = matrices[0]
     layer = first.layer if first.layer is not None else jnp.zeros((), jnp.int32)
     arguments = [x.astype(jnp.float32), layer.astype(jnp.int32)]
+    if fused.count is not None:
+        arguments.append(fused.count.astype(jnp.int32))
     if fused.norm is not None:
         arguments.append(fused.norm)
     if fused.residual is not None:
@@ -75,6 +81,7 @@ def fused_matmul(
     return call(
         *arguments,
         instructions=first.target.instructions,
+        has_count=fused.count is not None,
         has_norm=fused.norm is not None,
         has_residual=fused.residual is not None,
         gate=np.int32(_GATES[fused.gate]),

@@ -15,6 +15,7 @@ test wait for what never comes.
 from dataclasses import replace
 
 import hypothesis.strategies as st
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
