@@ -1,6 +1,6 @@
 """What the server needs of an engine: the engine has it, and so does a test's fake one."""
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -106,6 +106,8 @@ class Engine(Protocol):
     def epoch(self) -> str: ...
     @property
     def max_context_len(self) -> int: ...
+    @property
+    def weight_forms(self) -> Mapping[str, str]: ...
     @property
     def metrics(self) -> EngineMetrics: ...
 

@@ -100,6 +100,13 @@ int64_t rows_at_once(const Product& product) {
   return std::max<int64_t>(kBytes / row_bytes / kTile, 1) * kTile;
 }
 
+// Strips of a chunk: enough work, some microseconds, for taking it not to show.
+int64_t strips_at_once(const Product& product, int64_t num_rows) {
+  constexpr int64_t kMacs = 1 << 18;
+  const int64_t strip_macs = product.x.num_inputs * kLanes * std::max<int64_t>(num_rows, 4);
+  return std::max<int64_t>(kMacs / strip_macs, 1);
+}
+
 void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Product product,
                  int64_t num_rows) {
   const int64_t num_inputs = rounding.num_inputs, num_groups = num_inputs / kGroup;
@@ -129,8 +136,7 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
   for (int64_t i = 0; i < num_parts; ++i) num_strips += product.matrices[i].num_strips;
   const int64_t rows = std::min(rows_at_once(product), num_rows);
   const int64_t num_blocks = (num_rows + rows - 1) / rows;
-  const int64_t wanted = 6 * call.num_threads();
-  const int64_t strips = std::max<int64_t>(num_strips / wanted, 1);
+  const int64_t strips = strips_at_once(product, std::min(rows, num_rows));
   const int64_t num_chunks = (num_strips + strips - 1) / strips;
   call.run(num_blocks * num_chunks, [&](int64_t chunk) {
     const int64_t row = chunk / num_chunks * rows;

@@ -9,17 +9,21 @@
 // How far ahead the codes of a strip are fetched. A strip is read once from memory, in order.
 constexpr int64_t kPrefetchBytes = 4096;
 
+PALLASITE_INLINE void prefetch(const void* address, int64_t bytes_ahead = kPrefetchBytes) {
+  __builtin_prefetch(static_cast<const std::byte*>(address) + bytes_ahead);
+}
+
 template <bool kHalfScales>
 PALLASITE_INLINE Floats load_scales(const void* scales, int64_t group) {
   if constexpr (kHalfScales) {
-    return load_float16(static_cast<const uint16_t*>(scales) + group * kLanes);
+    const uint16_t* at = static_cast<const uint16_t*>(scales) + group * kLanes;
+    prefetch(at, kPrefetchBytes / 8);
+    return load_float16(at);
   } else {
-    return load(static_cast<const float*>(scales) + group * kLanes);
+    const float* at = static_cast<const float*>(scales) + group * kLanes;
+    prefetch(at, kPrefetchBytes / 4);
+    return load(at);
   }
-}
-
-PALLASITE_INLINE void prefetch(const uint8_t* address) {
-  __builtin_prefetch(address + kPrefetchBytes);
 }
 
 // The products of `kRows` rows of x with one strip of integers.

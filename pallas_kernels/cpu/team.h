@@ -9,6 +9,7 @@
 #ifndef PALLASITE_TEAM_H_
 #define PALLASITE_TEAM_H_
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstddef>
@@ -60,6 +61,9 @@ class Team {
 
   // Calls work(0) to work(num_chunks - 1), each once, in this thread and in up to `num_helpers`
   // others; returns when all are done. `schedule` hands a callable to a thread of the pool.
+  //
+  // Chunks are cut into a run for each thread, which takes its own in order, so that what lies one
+  // after another in memory is read by one thread; who has done with its run helps with the next.
   template <typename Schedule, typename Work>
   void run(int64_t num_chunks, int64_t num_helpers, const Schedule& schedule, const Work& work) {
     if (num_chunks <= 0) return;
@@ -69,11 +73,15 @@ class Team {
     }
     call_ = [](const void* self, int64_t chunk) { (*static_cast<const Work*>(self))(chunk); };
     work_ = &work;
-    num_chunks_ = num_chunks;
-    next_.store(0, std::memory_order_relaxed);
+    const int64_t wanted = std::min({num_helpers, num_chunks - 1, kMostRuns - 1});
+    num_runs_ = wanted + 1;
+    for (int64_t run = 0; run < num_runs_; ++run) {
+      runs_[run].next.store(num_chunks * run / num_runs_, std::memory_order_relaxed);
+      runs_[run].end = num_chunks * (run + 1) / num_runs_;
+    }
+    next_run_.store(0, std::memory_order_relaxed);
     const uint64_t generation = (state_.load(std::memory_order_relaxed) & ~kLow) + kGeneration;
     state_.store(generation | kOpen, std::memory_order_release);
-    const int64_t wanted = num_helpers < num_chunks - 1 ? num_helpers : num_chunks - 1;
     while (present_.load(std::memory_order_relaxed) < wanted) {
       present_.fetch_add(1, std::memory_order_relaxed);
       schedule([this] { help(); });
@@ -118,6 +126,12 @@ class Team {
   static constexpr int64_t kSpinsBeforeYield = 4000;
   static constexpr std::chrono::microseconds kLinger{100};
   static constexpr int kNumTeams = 64;
+  static constexpr int64_t kMostRuns = 256;
+
+  struct alignas(64) Run {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
 
   static std::atomic<int>& num_taken() {
     static std::atomic<int> count{0};
@@ -125,10 +139,14 @@ class Team {
   }
 
   void take_chunks() {
-    for (;;) {
-      const int64_t chunk = next_.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= num_chunks_) return;
-      call_(work_, chunk);
+    const int64_t first = next_run_.fetch_add(1, std::memory_order_relaxed);
+    for (int64_t i = 0; i < num_runs_; ++i) {
+      Run& run = runs_[(first + i) % num_runs_];
+      for (;;) {
+        const int64_t chunk = run.next.fetch_add(1, std::memory_order_relaxed);
+        if (chunk >= run.end) break;
+        call_(work_, chunk);
+      }
     }
   }
 
@@ -159,10 +177,11 @@ class Team {
   }
 
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_{0};
+  alignas(64) std::atomic<int64_t> next_run_{0};
   alignas(64) std::atomic<int64_t> present_{0};
   std::atomic<bool> is_taken_{false};
-  int64_t num_chunks_ = 0;
+  int64_t num_runs_ = 0;
+  Run runs_[kMostRuns];
   const void* work_ = nullptr;
   void (*call_)(const void*, int64_t) = nullptr;
 };
