@@ -16,7 +16,7 @@ namespace {
 // Rows of queries, a token's heads each, that a thread attends at once.
 constexpr int64_t kTileRows = 96;
 // The fewest keys that are worth a thread of their own.
-constexpr int64_t kPartKeys = 256;
+constexpr int64_t kPartKeys = 64;
 
 struct Layout {
   int64_t num_rows;  // B
@@ -66,7 +66,6 @@ int64_t first_key(const Attention& a, int64_t position) {
 
 struct Split {
   int64_t token;
-  int64_t kv_head;
   int64_t first_part;
   int64_t num_parts;
 };
@@ -75,54 +74,69 @@ struct Plan {
   std::vector<Task> tasks;
   std::vector<Split> splits;
   int64_t num_parts = 0;
-  int64_t most_tokens = 0;
+  int64_t most_rows = 0;      // of a task's key head
+  int64_t most_kv_heads = 1;  // of a task
 };
 
-// Cuts the work into tasks. One query over many keys is cut into parts where there are fewer
-// requests and heads than threads would need.
-Plan make_plan(const Attention& a, const Layout& layout, int64_t num_threads) {
-  Plan plan;
-  const int64_t num_kv_heads = a.cache.num_kv_heads, group = a.num_heads / num_kv_heads;
+// One query: all key heads at once, since a page has them side by side. Where there are fewer
+// requests than threads would need, its keys are cut into parts.
+void plan_query(const Attention& a, int64_t request, int64_t wanted_parts, Plan& plan) {
+  const int64_t token = a.query_starts[request];
+  const int64_t first = first_key(a, a.positions[token]), end = a.positions[token] + 1;
+  const int64_t num_strips = (end - first + kLanes - 1) / kLanes;
+  const int64_t num_parts =
+      std::max<int64_t>(std::min(wanted_parts, num_strips * kLanes / kPartKeys), 1);
+  plan.most_rows = std::max(plan.most_rows, a.num_heads / a.cache.num_kv_heads);
+  plan.most_kv_heads = a.cache.num_kv_heads;
+  if (num_parts > 1) plan.splits.push_back({token, plan.num_parts, num_parts});
+  for (int64_t part = 0; part < num_parts; ++part) {
+    Task task{};
+    task.request = static_cast<int32_t>(request);
+    task.num_kv_heads = static_cast<int32_t>(a.cache.num_kv_heads);
+    task.first_token = static_cast<int32_t>(token);
+    task.num_tokens = 1;
+    task.key_begin = static_cast<int32_t>(first + num_strips * part / num_parts * kLanes);
+    task.key_end = static_cast<int32_t>(
+        std::min(first + num_strips * (part + 1) / num_parts * kLanes, end));
+    task.has_sinks = part == 0;
+    task.part_index = num_parts > 1 ? static_cast<int32_t>(plan.num_parts++) : -1;
+    plan.tasks.push_back(task);
+  }
+}
+
+// Several queries: tiles of them, and each key head alone.
+void plan_prompt(const Attention& a, int64_t request, Plan& plan) {
+  const int64_t begin = a.query_starts[request], end = a.query_starts[request + 1];
+  const int64_t group = a.num_heads / a.cache.num_kv_heads;
   const int64_t tile = std::max<int64_t>(kTileRows / group, 1);
-  const int64_t units = layout.num_requests * num_kv_heads;
-  const int64_t wanted_parts = num_threads == 1 ? 1 : (4 * num_threads + units - 1) / units;
-  for (int64_t request = 0; request < layout.num_requests; ++request) {
-    const int64_t begin = a.query_starts[request], end = a.query_starts[request + 1];
-    for (int64_t token = begin; token < end; token += tile) {
-      const int64_t count = std::min(tile, end - token);
-      plan.most_tokens = std::max(plan.most_tokens, count);
-      const int64_t first = first_key(a, a.positions[token]);
-      const int64_t last = a.positions[token + count - 1] + 1;
-      const int64_t most_parts = std::max<int64_t>((last - first) / kPartKeys, 1);
-      const int64_t num_parts = end - begin == 1 ? std::min(wanted_parts, most_parts) : 1;
-      const int64_t pages = (last - first + kLanes - 1) / kLanes;
-      for (int64_t kv_head = 0; kv_head < num_kv_heads; ++kv_head) {
-        Task task{static_cast<int32_t>(request),  static_cast<int32_t>(kv_head),
-                  static_cast<int32_t>(token),    static_cast<int32_t>(count),
-                  static_cast<int32_t>(first),    static_cast<int32_t>(last),
-                  true,                           -1,
-                  nullptr};
-        if (num_parts == 1) {
-          plan.tasks.push_back(task);
-          continue;
-        }
-        plan.splits.push_back({token, kv_head, plan.num_parts, num_parts});
-        for (int64_t part = 0; part < num_parts; ++part) {
-          task.key_begin = static_cast<int32_t>(first + pages * part / num_parts * kLanes);
-          task.key_end = static_cast<int32_t>(
-              std::min(first + pages * (part + 1) / num_parts * kLanes, last));
-          task.has_sinks = part == 0;
-          task.part_index = static_cast<int32_t>(plan.num_parts++);
-          plan.tasks.push_back(task);
-        }
-      }
+  for (int64_t token = begin; token < end; token += tile) {
+    const int64_t count = std::min(tile, end - token);
+    plan.most_rows = std::max(plan.most_rows, count * group);
+    for (int64_t kv_head = 0; kv_head < a.cache.num_kv_heads; ++kv_head) {
+      Task task{};
+      task.request = static_cast<int32_t>(request);
+      task.first_kv_head = static_cast<int32_t>(kv_head);
+      task.num_kv_heads = 1;
+      task.first_token = static_cast<int32_t>(token);
+      task.num_tokens = static_cast<int32_t>(count);
+      task.key_begin = static_cast<int32_t>(first_key(a, a.positions[token]));
+      task.key_end = a.positions[token + count - 1] + 1;
+      task.has_sinks = true;
+      task.part_index = -1;
+      plan.tasks.push_back(task);
     }
   }
-  // The longest first, so that no thread begins one when the others have ended.
-  std::stable_sort(plan.tasks.begin(), plan.tasks.end(), [](const Task& x, const Task& y) {
-    return int64_t{x.num_tokens} * (x.key_end - x.key_begin) >
-           int64_t{y.num_tokens} * (y.key_end - y.key_begin);
-  });
+}
+
+Plan make_plan(const Attention& a, const Layout& layout, int64_t num_threads) {
+  Plan plan;
+  const int64_t wanted_parts =
+      num_threads == 1 ? 1 : (2 * num_threads + layout.num_requests - 1) / layout.num_requests;
+  for (int64_t request = 0; request < layout.num_requests; ++request) {
+    const int64_t count = a.query_starts[request + 1] - a.query_starts[request];
+    if (count == 1) plan_query(a, request, wanted_parts, plan);
+    if (count > 1) plan_prompt(a, request, plan);
+  }
   return plan;
 }
 
@@ -150,15 +164,16 @@ void write_new_rows(Call& call, const Bodies& bodies, const Attention& a, const 
 }
 
 void run_attention(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout) {
-  const int64_t width = a.cache.head_width, group = a.num_heads / a.cache.num_kv_heads;
+  const int64_t width = a.cache.head_width;
   const int64_t used = layout.num_requests == 0 ? 0 : a.query_starts[layout.num_requests];
   std::fill(a.out + used * a.num_heads * width,
             a.out + layout.num_tokens * a.num_heads * width, 0.0f);
   if (layout.num_requests == 0) return;
   write_new_rows(call, bodies, a, layout);
   Plan plan = make_plan(a, layout, call.num_threads());
-  const int64_t part_size = group * (2 + width);
-  const size_t scratch_size = (bodies.attend_scratch(a, plan.most_tokens) + 63) / 64 * 64;
+  const int64_t part_size = a.num_heads * (2 + width);
+  const size_t scratch_size =
+      (bodies.attend_scratch(a, plan.most_rows, plan.most_kv_heads) + 63) / 64 * 64;
   const size_t parts_size =
       (static_cast<size_t>(plan.num_parts * part_size) * sizeof(float) + 63) / 64 * 64;
   // A thread works on one task at a time, so as many scratches as threads are enough.
@@ -175,13 +190,13 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
     while (is_taken[own].exchange(true, std::memory_order_acquire)) {
       own = (own + 1) % is_taken.size();
     }
-    bodies.attend(a, plan.tasks[static_cast<size_t>(index)],
-                  memory + parts_size + own * scratch_size);
+    const Task* task = &plan.tasks[static_cast<size_t>(index)];
+    const Task* next = task == &plan.tasks.back() ? nullptr : task + 1;
+    bodies.attend(a, *task, next, memory + parts_size + own * scratch_size);
     is_taken[own].store(false, std::memory_order_release);
   });
   for (const Split& split : plan.splits) {
-    bodies.merge(a, split.token, split.kv_head, parts + split.first_part * part_size,
-                 split.num_parts);
+    bodies.merge(a, split.token, parts + split.first_part * part_size, split.num_parts);
   }
 }
 

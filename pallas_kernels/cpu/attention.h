@@ -8,11 +8,15 @@
 // Keys of a block: its scores and packed rows stay in the second-level cache.
 constexpr int64_t kBlockKeys = 128;
 
-// One request's queries of one key head, with room for what a block needs.
+// One request's queries of one key head, with room for what a block of keys needs.
 struct Block {
   int64_t num_rows;      // queries times heads
   int64_t head_width;
   std::byte* queries;    // [rows, H], bfloat16 or f32
+  float* largest;        // [rows]
+  float* sums;           // [rows]
+  float* mixed;          // [rows, H]
+  // All key heads of a task use these in turn.
   std::byte* keys;       // strips of the block's keys: [8, H / 2, 16, 2] bfloat16 or [8, H, 16] f32
   std::byte* values;     // [H / 16, 64, 16, 2] bfloat16 or [128, H] f32
   std::byte* rows;       // [16, H]: a page's part, as bfloat16
@@ -20,16 +24,14 @@ struct Block {
   std::byte* weights;    // [rows, 128], bfloat16 or f32
   float* key_scales;     // [128]
   float* value_scales;   // [128]
-  float* largest;        // [rows]
-  float* sums;           // [rows]
   float* factors;        // [rows]: what a block makes of the sums before it
-  float* mixed;          // [rows, H]
+  std::byte* end;
 
-  static Block make(const Attention& a, int64_t num_tokens, std::byte* at) {
+  static Block make(const Attention& a, int64_t num_rows, int64_t num_kv_heads, std::byte* at) {
     Block block{};
-    block.num_rows = num_tokens * (a.num_heads / a.cache.num_kv_heads);
+    block.num_rows = num_rows;
     block.head_width = a.cache.head_width;
-    const int64_t rows = block.num_rows, width = block.head_width;
+    const int64_t all_rows = num_rows * num_kv_heads, width = block.head_width;
     const auto take = [&at](int64_t size) {
       std::byte* taken = at;
       at += (size + 63) / 64 * 64;
@@ -38,27 +40,36 @@ struct Block {
     const auto take_floats = [&](int64_t count) {
       return reinterpret_cast<float*>(take(count * 4));
     };
-    block.queries = take(rows * width * 4);
+    block.queries = take(all_rows * width * 4);
+    block.largest = take_floats(all_rows);
+    block.sums = take_floats(all_rows);
+    block.mixed = take_floats(all_rows * width);
     block.keys = take(kBlockKeys * width * 4);
     block.values = take(kBlockKeys * width * 4);
     block.rows = take(kLanes * width * 2);
-    block.scores = take_floats(rows * kBlockKeys);
-    block.weights = take(rows * kBlockKeys * 4);
+    block.scores = take_floats(num_rows * kBlockKeys);
+    block.weights = take(num_rows * kBlockKeys * 4);
     block.key_scales = take_floats(kBlockKeys);
     block.value_scales = take_floats(kBlockKeys);
-    block.largest = take_floats(rows);
-    block.sums = take_floats(rows);
-    block.factors = take_floats(rows);
-    block.mixed = take_floats(rows * width);
+    block.factors = take_floats(num_rows);
     block.end = at;
     return block;
   }
 
-  std::byte* end;
+  // The block of the task's `index`-th key head.
+  Block of_head(int64_t index) const {
+    Block own = *this;
+    own.queries += index * num_rows * head_width * 4;
+    own.largest += index * num_rows;
+    own.sums += index * num_rows;
+    own.mixed += index * num_rows * head_width;
+    return own;
+  }
 };
 
-size_t attend_scratch(const Attention& a, int64_t num_tokens) {
-  return static_cast<size_t>(Block::make(a, num_tokens, nullptr).end - static_cast<std::byte*>(nullptr));
+size_t attend_scratch(const Attention& a, int64_t num_rows, int64_t num_kv_heads) {
+  std::byte* const none = nullptr;
+  return static_cast<size_t>(Block::make(a, num_rows, num_kv_heads, none).end - none);
 }
 
 // A tile of kRows rows by kStrips strips: sums[r][s] = rows of x times strips of pairs of bfloat16.
@@ -206,16 +217,34 @@ PALLASITE_INLINE Rows find_rows(const Attention& a, int64_t request, int64_t kv_
           is_scaled ? cache.scales + row : nullptr};
 }
 
-// Has sixteen keys and values come nearer: pages lie anywhere, which no processor foresees.
-PALLASITE_INLINE void fetch_rows(const Attention& a, const Task& task, int64_t position) {
-  const int64_t size = kLanes * a.cache.head_width * item_size(a.cache.type);
-  const Rows keys = find_rows(a, task.request, task.kv_head, 0, position);
-  const Rows values = find_rows(a, task.request, task.kv_head, 1, position);
-  for (int64_t i = 0; i < size; i += 64) {
-    __builtin_prefetch(keys.values + i, 0, 2);
-    __builtin_prefetch(values.values + i, 0, 2);
+// The keys and values of a block, piece by piece, come nearer while the block before is worked on:
+// pages lie anywhere, which no processor foresees. A piece is sixteen keys and values of one head.
+struct Ahead {
+  const Attention& a;
+  const Task* task;      // null for nothing to fetch
+  int64_t position;
+  int64_t num_pieces;
+  int64_t next = 0;
+
+  static Ahead of(const Attention& a, const Task* task, int64_t position) {
+    if (task == nullptr) return {a, nullptr, 0, 0};
+    const int64_t count = task->key_end - position < kBlockKeys ? task->key_end - position
+                                                                : kBlockKeys;
+    return {a, task, position, (count + kLanes - 1) / kLanes * task->num_kv_heads};
   }
-}
+
+  void fetch() {
+    if (next >= num_pieces) return;
+    const int64_t head = task->first_kv_head + next % task->num_kv_heads;
+    const int64_t key = position + next / task->num_kv_heads * kLanes;
+    const int64_t size = kLanes * a.cache.head_width * item_size(a.cache.type);
+    const Rows keys = find_rows(a, task->request, head, 0, key);
+    const Rows values = find_rows(a, task->request, head, 1, key);
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(keys.values + i, 0, 2);
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(values.values + i, 0, 2);
+    ++next;
+  }
+};
 
 // Returns sixteen rows as bfloat16, the first `count` of them; the others are zeros. What is not
 // written yet may be anything, and 0 times infinity is not 0.
@@ -238,11 +267,12 @@ PALLASITE_INLINE const uint16_t* as_halves(const Block& block, CacheType type, c
 }
 
 // Packs sixteen keys and values of a block, `count` of which there are.
-PALLASITE_INLINE void pack_rows(const Attention& a, const Task& task, const Block& block,
-                                int64_t strip, int64_t position, int64_t count) {
+PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_head,
+                                const Block& block, int64_t strip, int64_t position,
+                                int64_t count) {
   const int64_t width = block.head_width;
-  const Rows keys = find_rows(a, task.request, task.kv_head, 0, position);
-  const Rows values = find_rows(a, task.request, task.kv_head, 1, position);
+  const Rows keys = find_rows(a, request, kv_head, 0, position);
+  const Rows values = find_rows(a, request, kv_head, 1, position);
   if (a.cache.type == CacheType::kFloat32) {
     const auto* words = reinterpret_cast<const uint32_t*>(keys.values);
     auto* packed = reinterpret_cast<uint32_t*>(block.keys) + strip * width * kLanes;
@@ -344,10 +374,11 @@ PALLASITE_INLINE void turn_row(const Attention& a, const float* x, int64_t token
   for (int64_t i = 2 * pairs; i < width; i += kLanes) put(i, load(x + i));
 }
 
-PALLASITE_INLINE void start(const Attention& a, const Task& task, const Block& block) {
+PALLASITE_INLINE void start(const Attention& a, const Task& task, int64_t kv_head,
+                            const Block& block) {
   const int64_t width = block.head_width, group = a.num_heads / a.cache.num_kv_heads;
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    const int64_t token = task.first_token + row / group, head = task.kv_head * group + row % group;
+    const int64_t token = task.first_token + row / group, head = kv_head * group + row % group;
     turn_row(a, a.q + token * a.stride + head * width, token, [&](int64_t i, Floats x)
              PALLASITE_LAMBDA {
       const Floats scaled = mul(x, splat(a.scale));
@@ -365,36 +396,40 @@ PALLASITE_INLINE void start(const Attention& a, const Task& task, const Block& b
   }
 }
 
-void attend(const Attention& a, const Task& task, std::byte* scratch) {
-  const Block block = Block::make(a, task.num_tokens, scratch);
-  const int64_t width = block.head_width, group = a.num_heads / a.cache.num_kv_heads;
+// Attends a block of keys from `begin` on with the queries of one key head.
+PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t kv_head,
+                                   const Block& block, int64_t begin, Ahead& ahead) {
+  const int64_t group = a.num_heads / a.cache.num_kv_heads;
   const bool is_wide = a.cache.type == CacheType::kFloat32;
-  start(a, task, block);
-  for (int64_t begin = task.key_begin; begin < task.key_end; begin += kBlockKeys) {
-    const int64_t seen = task.key_end - begin < kBlockKeys ? task.key_end - begin : kBlockKeys;
-    const int64_t num_strips = (seen + kLanes - 1) / kLanes;
-    for (int64_t strip = 0; strip < num_strips; ++strip) {
-      if (begin + (strip + 2) * kLanes < task.key_end) {
-        fetch_rows(a, task, begin + (strip + 2) * kLanes);
-      }
-      const int64_t rest = seen - strip * kLanes;
-      pack_rows(a, task, block, strip, begin + strip * kLanes, rest < kLanes ? rest : kLanes);
-    }
-    for_tiles(block.num_rows, num_strips, ScoreTile{block, is_wide});
-    for (int64_t row = 0; row < block.num_rows; ++row) {
-      const int64_t position = a.positions[task.first_token + row / group];
-      const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
-      const int64_t last = position + 1 - begin < seen ? position + 1 - begin : seen;
-      weigh(a, block, row, num_strips * kLanes, oldest - begin, last);
-    }
-    for_tiles(block.num_rows, width / kLanes, ValueTile{block, is_wide, num_strips * kLanes});
+  const int64_t seen = task.key_end - begin < kBlockKeys ? task.key_end - begin : kBlockKeys;
+  const int64_t num_strips = (seen + kLanes - 1) / kLanes;
+  for (int64_t strip = 0; strip < num_strips; ++strip) {
+    const int64_t rest = seen - strip * kLanes;
+    ahead.fetch();
+    pack_rows(a, task.request, kv_head, block, strip, begin + strip * kLanes,
+              rest < kLanes ? rest : kLanes);
   }
+  for_tiles(block.num_rows, num_strips, ScoreTile{block, is_wide});
   for (int64_t row = 0; row < block.num_rows; ++row) {
-    const int64_t token = task.first_token + row / group, head = task.kv_head * group + row % group;
+    const int64_t position = a.positions[task.first_token + row / group];
+    const int64_t oldest = a.window > 0 ? position - a.window + 1 : 0;
+    const int64_t last = position + 1 - begin < seen ? position + 1 - begin : seen;
+    weigh(a, block, row, num_strips * kLanes, oldest - begin, last);
+  }
+  for_tiles(block.num_rows, block.head_width / kLanes,
+            ValueTile{block, is_wide, num_strips * kLanes});
+}
+
+PALLASITE_INLINE void finish(const Attention& a, const Task& task, int64_t index,
+                             const Block& block) {
+  const int64_t width = block.head_width, group = a.num_heads / a.cache.num_kv_heads;
+  for (int64_t row = 0; row < block.num_rows; ++row) {
+    const int64_t token = task.first_token + row / group;
+    const int64_t head = (task.first_kv_head + index) * group + row % group;
     float* out = a.out + (token * a.num_heads + head) * width;
     Floats factor = splat(1.0f);
     if (task.part != nullptr) {
-      float* part = task.part + row * (2 + width);
+      float* part = task.part + (index * block.num_rows + row) * (2 + width);
       part[0] = block.largest[row];
       part[1] = block.sums[row];
       out = part + 2;
@@ -407,15 +442,30 @@ void attend(const Attention& a, const Task& task, std::byte* scratch) {
   }
 }
 
-void merge(const Attention& a, int64_t token, int64_t kv_head, const float* parts,
-           int64_t num_parts) {
-  const int64_t width = a.cache.head_width, group = a.num_heads / a.cache.num_kv_heads;
-  const int64_t stride = group * (2 + width);
-  for (int64_t g = 0; g < group; ++g) {
-    const float* own = parts + g * (2 + width);
+void attend(const Attention& a, const Task& task, const Task* next, std::byte* scratch) {
+  const int64_t num_rows = task.num_tokens * (a.num_heads / a.cache.num_kv_heads);
+  const Block block = Block::make(a, num_rows, task.num_kv_heads, scratch);
+  for (int64_t i = 0; i < task.num_kv_heads; ++i) {
+    start(a, task, task.first_kv_head + i, block.of_head(i));
+  }
+  for (int64_t begin = task.key_begin; begin < task.key_end; begin += kBlockKeys) {
+    const int64_t then = begin + kBlockKeys;
+    Ahead ahead = then < task.key_end ? Ahead::of(a, &task, then)
+                                      : Ahead::of(a, next, next == nullptr ? 0 : next->key_begin);
+    for (int64_t i = 0; i < task.num_kv_heads; ++i) {
+      attend_block(a, task, task.first_kv_head + i, block.of_head(i), begin, ahead);
+    }
+  }
+  for (int64_t i = 0; i < task.num_kv_heads; ++i) finish(a, task, i, block.of_head(i));
+}
+
+void merge(const Attention& a, int64_t token, const float* parts, int64_t num_parts) {
+  const int64_t width = a.cache.head_width, stride = a.num_heads * (2 + width);
+  for (int64_t head = 0; head < a.num_heads; ++head) {
+    const float* own = parts + head * (2 + width);
     float most = -__builtin_inff();
     for (int64_t p = 0; p < num_parts; ++p) most = __builtin_fmaxf(most, own[p * stride]);
-    float* out = a.out + (token * a.num_heads + kv_head * group + g) * width;
+    float* out = a.out + (token * a.num_heads + head) * width;
     for (int64_t i = 0; i < width; i += kLanes) store(out + i, zeros());
     if (most == -__builtin_inff()) continue;
     float sum = 0;

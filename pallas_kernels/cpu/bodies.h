@@ -103,19 +103,21 @@ struct Attention {
   const float* sinks;      // [N], or null
 };
 
-// Some queries of one request and one key head, and the keys [key_begin, key_end) that one thread
-// attends for them. `part` is null where these are all keys that the queries see; else the thread
-// leaves there, for each query and head, the largest score, the sum of weights and the values.
+// Some queries of one request, some of its key heads, and the keys [key_begin, key_end) that one
+// thread attends for them. `part` is null where these are all keys that the queries see; else the
+// thread leaves there, for each key head, query and head, the largest score, the sum of weights and
+// the values.
 struct Task {
   int32_t request;
-  int32_t kv_head;
+  int32_t first_kv_head;
+  int32_t num_kv_heads;
   int32_t first_token;  // of the flat axis
   int32_t num_tokens;
   int32_t key_begin;
   int32_t key_end;
   bool has_sinks;       // whether the sinks count among these keys
   int32_t part_index;   // of the parts that are merged later; -1 for none
-  float* part;          // [num_tokens * N / K, 2 + H]
+  float* part;          // [kv heads * tokens * N / K, 2 + H]
 };
 
 struct Bodies {
@@ -126,12 +128,13 @@ struct Bodies {
                    int64_t row_end);
   // Writes the new keys and values of tokens [begin, end) of a request.
   void (*write_rows)(const Attention&, int64_t request, int64_t begin, int64_t end);
-  // Bytes of scratch that `attend` needs for a task of so many queries.
-  size_t (*attend_scratch)(const Attention&, int64_t num_tokens);
-  void (*attend)(const Attention&, const Task&, std::byte* scratch);
-  // Makes the outputs of a token and a key head of the parts that tasks have left.
-  void (*merge)(const Attention&, int64_t token, int64_t kv_head, const float* parts,
-                int64_t num_parts);
+  // Bytes of scratch that `attend` needs for a task of so many rows, a query's head each, of so
+  // many key heads.
+  size_t (*attend_scratch)(const Attention&, int64_t num_rows, int64_t num_kv_heads);
+  // Attends; `next` is what this thread will do then, as far as is known, or null.
+  void (*attend)(const Attention&, const Task&, const Task* next, std::byte* scratch);
+  // Makes the outputs of a token of the parts that tasks of all its key heads have left.
+  void (*merge)(const Attention&, int64_t token, const float* parts, int64_t num_parts);
 };
 
 }  // namespace pallasite
