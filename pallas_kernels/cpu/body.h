@@ -15,7 +15,6 @@
 #include <arm_neon.h>
 #endif
 
-#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target(PALLASITE_TARGET))), apply_to = function)
 #else
@@ -23,7 +22,6 @@
 #define PALLASITE_GCC_TARGET(features) PALLASITE_PRAGMA(GCC target(features))
 #pragma GCC push_options
 PALLASITE_GCC_TARGET(PALLASITE_TARGET)
-#endif
 #endif
 
 #define PALLASITE_INLINE inline __attribute__((always_inline))
@@ -51,10 +49,8 @@ const Bodies kBodies = {round_rows, multiply, write_rows, attend_scratch, attend
 }  // namespace PALLASITE_NAMESPACE
 }  // namespace pallasite
 
-#if defined(__x86_64__)
 #if defined(__clang__)
 #pragma clang attribute pop
 #else
 #pragma GCC pop_options
-#endif
 #endif
