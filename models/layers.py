@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from typing import Self
 
 import jax
 import jax.numpy as jnp
@@ -97,7 +96,7 @@ class RmsNorm(nnx.Module):
         self.scale = declare.vector(shape, axes, name)
         self.layer: Int[Array, ""] | None = None
 
-    def of_layer(self, index: Int[Array, ""]) -> Self:
+    def of_layer(self, index: Int[Array, ""]) -> "RmsNorm":
         """Returns one layer's, of norms that stack layers; its scale stays beside the others'."""
         own = jax.tree.map(lambda part: part, self)
         own.layer = index

@@ -10,6 +10,7 @@ import pytest
 from pallasite.models.checkpoint_gguf import GgufCheckpoint, separate_halves
 from pallasite.models.config import Llama3Rope
 from pallasite.models.errors import CheckpointError
+from pallasite.models.gguf_blocks import BLOCK_FORMS
 from pallasite.models.gguf_file import GgufFile
 from pallasite.models.gguf_rope import recover_rope_scaling, rope_divisors
 from tests.models.gguf_bytes import (
@@ -45,7 +46,14 @@ class TestCheckpoint:
         tokenizer = gguf_tokenizer(TINY)
         checkpoint = GgufCheckpoint(write_gguf(tmp_path / "x.gguf", TINY, TENSORS, kind, tokenizer))
         # Its tokens name one more end of a text than its settings do.
-        assert checkpoint.config == replace(TINY, eos_token_ids=(258, 256))
+        config = checkpoint.config
+        assert replace(config, block_forms=()) == replace(TINY, eos_token_ids=(258, 256))
+        # A matrix of each name has a rule where its kind is one that a form holds exactly.
+        rules = dict(config.block_forms)
+        assert set(rules.values()) == ({BLOCK_FORMS[kind]} if kind in BLOCK_FORMS else set())
+        if rules:
+            assert r"^model\.layers\.\*\.mlp\.down_proj$" in rules
+            assert not any("norm" in pattern for pattern in rules)
         assert dict(checkpoint.shapes) == {name: t.shape for name, t in TENSORS.items()}
         assert checkpoint.metadata["tokenizer.ggml.tokens"] == tokenizer["tokenizer.ggml.tokens"]
         number = gguf.GGMLQuantizationType[kind]

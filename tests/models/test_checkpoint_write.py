@@ -68,7 +68,7 @@ def test_every_tensor_comes_back_as_it_was_rounded(form, source, tmp_path):
     original = open_checkpoint(source)
     written = write(source, tmp_path / "new", ((EVERY_LAYER, form),))
     assert dict(written.shapes) == dict(original.shapes)
-    assert replace(written.config, stored_forms=()) == original.config
+    assert replace(written.config, stored_forms=()) == replace(original.config, block_forms=())
     num_rounded = 0
     for name, shape in written.shapes.items():
         chosen = parse_form(form) if len(shape) == 2 and "layers" in name else None

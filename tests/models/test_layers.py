@@ -13,6 +13,7 @@ from pallasite.models.config import Llama3Rope
 from pallasite.models.forms import parse_form
 from pallasite.models.layers import embed, fine_linear, linear, rms_norm, rope, rope_frequencies
 from pallasite.models.weights import Matrix, Source, Weight, compute_dtype
+from pallasite.pallas_kernels.paged_attention import rotate
 from tests.models.running import mesh_of
 from tests.tiny_checkpoints import TINY, llama3_divisors
 
@@ -139,7 +140,7 @@ def test_rope_turns_each_pair_by_its_angle(rng):
     frequencies = rope_frequencies(TINY)[0]
     x = rng.standard_normal((6, 3, 16)).astype(np.float32)
     positions = np.array([0, 1, 2, 100, 511, 8000], np.int32)
-    y = np.asarray(rope(jnp.asarray(x), jnp.asarray(positions), jnp.asarray(frequencies)))
+    y = np.asarray(rotate(jnp.asarray(x), rope(jnp.asarray(positions), frequencies)))
     # A pair of dimensions as one complex number.
     pairs = x[..., :8].astype(np.float64) + 1j * x[..., 8:]
     turned = pairs * np.exp(1j * positions[:, None, None] * frequencies.astype(np.float64))
@@ -155,9 +156,8 @@ def test_rope_makes_scores_depend_on_distance_alone(rng):
     q, k = rng.standard_normal((2, 1, 1, 16)).astype(np.float32)
 
     def score(q_position, k_position):
-        table = jnp.asarray(frequencies)
-        at = [jnp.asarray([p], jnp.int32) for p in (q_position, k_position)]
-        turned = (rope(jnp.asarray(x), p, table) for x, p in zip((q, k), at, strict=True))
+        at = [rope(jnp.asarray([p], jnp.int32), frequencies) for p in (q_position, k_position)]
+        turned = (rotate(jnp.asarray(x), own) for x, own in zip((q, k), at, strict=True))
         return float(np.vdot(*(np.asarray(x) for x in turned)))
 
     assert score(130, 127) == pytest.approx(score(3, 0), abs=1e-4)

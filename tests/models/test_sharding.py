@@ -13,7 +13,7 @@ from pallasite.models.partition import Partition
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MODEL_AXIS, RULES, replicated, sharding
 from pallasite.models.weights import declared_weights, named_weights, source_of
-from pallasite.pallas_kernels.target import CPU
+from pallasite.pallas_kernels.target import CPU, cpu_target
 from tests.families import FAMILY_MODELS
 from tests.models.running import load, mesh_of
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
@@ -38,8 +38,9 @@ WEIGHT_SPECS = {
 def test_the_rules_cover_every_declared_axis(name):
     config = FAMILY_MODELS[name].config
     axes = {*kv_cache.AXES, "slots", "ranks"}
-    for rules in ((), (("proj", "int8"),)):
-        for name, weight in named_weights(make_model(config, "bf16", CPU, rules=rules)):
+    declared = [(CPU, ()), (CPU, (("proj", "int8"),)), (cpu_target("avx2"), ())]
+    for target, rules in declared:
+        for name, weight in named_weights(make_model(config, "bf16", target, rules=rules)):
             assert len(weight.get_metadata("axes")) == len(weight.shape), name
             axes.update(weight.get_metadata("axes"))
     assert axes == set(RULES)
