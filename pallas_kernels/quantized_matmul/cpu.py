@@ -6,13 +6,13 @@ written is done there: see `Fused`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pallasite.pallas_kernels.cpu import MULTIPLY
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
@@ -22,9 +22,12 @@ Gate = Literal["silu", "gelu"]
 _GATES: dict[Gate | None, int] = {None: -1, "silu": 0, "gelu": 1}
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class Fused:
     """What is done beside the products.
+
+    The fields are typed Any since the same tree also holds abstract shapes.
 
     Attributes:
         count: how many rows of x are in use, the first ones; the results of others are zeros. None
@@ -36,11 +39,11 @@ class Fused:
         residual: added to the result, `[T, out]`.
     """
 
-    count: Int[Array, ""] | None = None
-    norm: Float[Array, "*L in"] | None = None
-    epsilon: float = 0.0
-    gate: Gate | None = None
-    residual: Float[Array, "T out"] | None = None
+    count: Any = None
+    norm: Any = None
+    epsilon: float = field(default=0.0, metadata={"static": True})
+    gate: Gate | None = field(default=None, metadata={"static": True})
+    residual: Any = None
 
 
 def takes(*matrices: QuantizedMatrix) -> bool:

@@ -101,6 +101,12 @@ class Case:
             slack += ties @ np.abs(numbers[:, own]).T * scale
             # The scales, their product with the sum, and the sum over groups.
             slack += (num_groups + 6) * UNIT * np.abs(rows @ numbers[:, own].T) * scale
+            if self.minimums is not None:
+                minimums = self.minimums[:, g].astype(np.float64)
+                sums = rows.sum(axis=1, keepdims=True) * steps
+                product += sums * minimums
+                slack += ties.sum(axis=1, keepdims=True) * steps * np.abs(minimums)
+                slack += (2 * num_groups + 6) * UNIT * np.abs(sums * minimums)
         return product, slack
 
     def with_fault(self, fault: str) -> "Case":

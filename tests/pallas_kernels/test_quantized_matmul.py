@@ -25,6 +25,7 @@ KINDS = {
     "int4": (np.uint8, False),
     "fp8": (ml_dtypes.float8_e4m3fn, False),
     "w8a8": (np.int8, True),
+    "w4a8": (np.uint8, True),
 }
 DTYPES = {"f32": np.dtype(np.float32), "bf16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -39,7 +40,7 @@ def make_case(rng, kind, T, out, num_groups, group, spread=1.0):
     def magnitudes(*sizes):
         return 10.0 ** rng.uniform(-spread, spread, sizes)
 
-    if kind == "int4":
+    if dtype == np.uint8:
         values = rng.integers(0, 256, (out, num_groups * group // 2))
     elif kind == "fp8":
         values = np.clip(rng.normal(0, 100, shape), -448, 448)
@@ -47,7 +48,7 @@ def make_case(rng, kind, T, out, num_groups, group, spread=1.0):
         values = rng.integers(-128, 128, shape)
     scales = magnitudes(out, 1) * magnitudes(1, num_groups)
     minimums = None
-    if kind == "int4":
+    if dtype == np.uint8:
         # Those of random groups: some 7 steps below zero.
         minimums = (scales * rng.normal(-7.5, 3, scales.shape)).astype(np.float32)
     return Case(
@@ -161,7 +162,7 @@ def test_a_wrong_product_would_be_seen(kind, num_groups, dtype, rng):
     right, tolerance = case.product(DTYPES[dtype])
     assert (np.abs(run(case, DTYPES[dtype]) - right) <= tolerance).all()
     faults = {"a dropped group", "the next row's scale"}
-    if kind == "int4":
+    if case.minimums is not None:
         faults |= {"nibbles swapped", "no minimum"}
     if num_groups > 1:
         faults.add("the neighbour's scale")
