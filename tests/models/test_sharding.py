@@ -43,7 +43,8 @@ def test_the_rules_cover_every_declared_axis(name):
         for name, weight in named_weights(make_model(config, "bf16", target, rules=rules)):
             assert len(weight.get_metadata("axes")) == len(weight.shape), name
             axes.update(weight.get_metadata("axes"))
-    assert axes == set(RULES)
+    # Matrices of few or odd rows do not lie in strips.
+    assert axes | {"tile"} == set(RULES)
     assert set(RULES.values()) - {None} == {DATA_AXIS, MODEL_AXIS}
 
 
