@@ -54,7 +54,9 @@ def hf_settings(config: ModelConfig, shapes: Mapping[str, tuple[int, ...]]) -> d
     except CheckpointError as error:
         raise ConfigError(f"this model's config.json cannot be made: {error}") from error
     for field in ModelConfig.__dataclass_fields__:
-        if field not in ("stored_forms", "block_forms") and getattr(read, field) != getattr(config, field):
+        if field not in ("stored_forms", "block_forms") and getattr(read, field) != getattr(
+            config, field
+        ):
             raise ConfigError(
                 f"got {field}={getattr(config, field)!r} in the model's config; a config.json of"
                 f" {name} would give {getattr(read, field)!r}; start from a Hugging Face folder"

@@ -19,6 +19,8 @@ from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import make_mesh
 from pallasite.models.weights import num_bytes
+from pallasite.pallas_kernels.cpu import library_path
+from pallasite.pallas_kernels.target import Target
 from pallasite.server.arguments import engine_config
 from pallasite.server.progress import progress_printer
 
@@ -47,6 +49,7 @@ def info(args: argparse.Namespace) -> int:
             "device": devices[0].device_kind,
             "num_devices": len(devices),
             "page_size": target.page_size,
+            "bodies": _bodies(target),
         },
         "compile_cache": _compile_cache(config.compile_cache),
     }
@@ -60,6 +63,17 @@ def info(args: argparse.Namespace) -> int:
         for name, value in rows.items():
             print(f"  {name.replace('_', ' '):22} {_shown(name, value)}")
     return 0
+
+
+def _bodies(target: Target) -> str:
+    """What products and attention run as."""
+    if target.platform != "cpu":
+        return "Pallas kernels"
+    if target.instructions:
+        return f"C++ for {target.instructions}"
+    is_built = library_path() is not None
+    why = "this processor has none of their instruction sets" if is_built else "they are not built"
+    return f"XLA's own operations: C++ bodies do not run here, since {why}"
 
 
 def _compile_cache(folder: Path | None) -> dict[str, int]:
