@@ -25,7 +25,7 @@ from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MeshShape, make_mesh, sharding
 from pallasite.models.weights import placed
 from pallasite.pallas_kernels.cpu import best_instructions
-from pallasite.pallas_kernels.target import Target, cpu_target, target_of
+from pallasite.pallas_kernels.target import CPU, Target, cpu_target, target_of
 
 MAX_VIRTUAL_DEVICES = 256
 """Into how many a CPU is cut at most: a larger mesh is refused, not tried."""
@@ -164,14 +164,13 @@ def devices_for(mesh: MeshShape) -> list[jax.Device]:
 
 def target_for(device: jax.Device) -> Target:
     """Returns what is compiled for on a device; raises ConfigError where nothing can be."""
-    if device.platform == "cpu":
-        return cpu_target(best_instructions())
     try:
-        return target_of(device.platform, device.device_kind)
+        target = target_of(device.platform, device.device_kind)
     except NotImplementedError as error:
         raise ConfigError(
             f"{error}; take a machine with one of them, or set JAX_PLATFORMS=cpu to use its CPU"
         ) from error
+    return cpu_target(best_instructions()) if target == CPU else target
 
 
 def _bytes_a_device(tree: Any) -> int:

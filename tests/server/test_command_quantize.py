@@ -92,7 +92,11 @@ def test_config_json_comes_last_where_the_source_is_a_gguf(run, tmp_path):
     [
         ("int8", True, "got the folder 'out', which is not empty; a checkpoint needs a new one;"),
         ("mpl=int8", False, "got the weight pattern 'mpl', which matches none of this model's"),
-        ("int5", False, "got the weight form 'int5'; allowed are f32, bf16, fp8, int8, w8a8 and"),
+        (
+            "int5",
+            False,
+            "got the weight form 'int5'; allowed are f32, bf16, fp8, q4_1, q8_0, int8,",
+        ),
         ("(=int8", False, "got the weight pattern '(', which is no regular expression"),
         ("int4:48", False, "got the form int4:48 for a weight with rows of 128; a group must"),
     ],
