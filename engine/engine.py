@@ -303,9 +303,15 @@ class Engine:
             self._intake.wait(IDLE_S)
 
     def _needs_tokens(self) -> bool:
-        """Whether the next step cannot be planned by counts: drafts are made of tokens."""
+        """Whether the last step is read before the next one is planned.
+
+        Drafts are made of tokens, so that counts are not enough. And where the bodies in C++ keep
+        all cores busy, planning beside them takes one away for longer than it takes after them.
+        """
         if self._previous is None:
             return False
+        if self._runtime.uses_all_cores:
+            return True
         return self._previous.plan.has_drafts or self._speculator.awaits_tokens()
 
     def _commit_previous(self) -> None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import jax
@@ -35,6 +36,7 @@ from pallasite.models.lora import Adapters
 from pallasite.models.pull import locate
 from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import DATA_AXIS
+from pallasite.models.weights import Matrix, declared_weights
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
 Progress = Callable[[str], None]
@@ -70,6 +72,12 @@ class Runtime:
     @property
     def model_config(self) -> ModelConfig:
         return self.cache_spec.partition.config
+
+    @cached_property
+    def uses_all_cores(self) -> bool:
+        """Whether a step takes the very cores that the host's part of the next one needs."""
+        weights = declared_weights(self._spec.model)
+        return any(isinstance(weight, Matrix) and weight.in_strips for _, weight in weights)
 
     @property
     def weight_forms(self) -> dict[str, str]:

@@ -156,7 +156,7 @@ def test_sampling_flags_reach_their_fields():
         ("serve m --port x", "got --port 'x'; allowed is a whole number; see `pallasite serve"),
         ("serve m --port 1e3", "got --port '1e3'; allowed is a whole number;"),
         ("serve m --port", "got --port without its value; expected one argument; see"),
-        ("serve m --weights f16", "got --weights 'f16'; allowed is auto, bf16 or f32; see"),
+        ("serve m --weights f16", "got --weights 'f16'; allowed is auto or bf16 or f32; see"),
         ("serve m --prot 1", "got '--prot 1'; no such argument is known; see"),
         ("serve m --max-req 4", "got '--max-req 4'; no such argument is known; see"),
         ("generate m", "got none of --prompt --prompt-ids; one is required; see"),
