@@ -26,6 +26,8 @@ from pallasite.engine.request import (
 )
 from pallasite.engine.stream import TokenStream, wake
 from pallasite.engine.validation import Bounds, validate
+from pallasite.models.registry import make_model, matrix_forms
+from pallasite.pallas_kernels.target import CPU
 from tests.tiny_checkpoints import TINY
 
 NUM_PAGES = 64
@@ -69,7 +71,6 @@ class FakeEngine:
 
     def __post_init__(self):
         self.model_config = TINY
-        self.weight_forms = {}
         self.max_context_len = TINY.context_len
         self.epoch = secrets.token_hex(8)
         self.metrics = SimpleNamespace(
@@ -92,6 +93,12 @@ class FakeEngine:
         self._lock = threading.RLock()
         self._thread = threading.Thread(target=self._loop, daemon=True)
         self._thread.start()
+
+    @property
+    def weight_forms(self):
+        config = self.config
+        model = make_model(self.model_config, config.base_form, CPU, rules=config.quantize)
+        return matrix_forms(model)
 
     def submit(self, request):
         return self._submit(request, is_prefill=False, lease_s=0.0)

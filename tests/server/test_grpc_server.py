@@ -192,7 +192,7 @@ async def test_control_tells_in_what_form_weights_and_the_cache_are(tmp_path):
         **{f"model.layers.*.self_attn.{x}_proj": "bf16" for x in "qkvo"},
         **{f"model.layers.*.mlp.{x}_proj": "int4:16" for x in ("gate", "up", "down")},
     }
-    assert (info.weights, dict(info.weight_forms), info.cache) == ("bf16", expected, "int8")
+    assert (info.weights, dict(info.weight_forms), info.cache) == ("auto", expected, "int8")
     engine = FakeEngine()
     engine.model_config = replace(TINY, stored_forms=((EVERY_LAYER, "w8a8"),))
     async with serving(tmp_path, engine) as s:
