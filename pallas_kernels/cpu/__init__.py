@@ -1,12 +1,11 @@
 """The CPU's bodies in C++: where they are, whether they run here, and their registration with XLA.
 
-They are built with the package where there is a compiler, see `build_bodies.py`, for every
+They are built with the package where there is a compiler, see `setup/build_bodies.py`, for every
 instruction set of the processor's kind; the best that it has is chosen when they are loaded. Where
 they are not built, or nothing fits, XLA's own operations serve.
 """
 
 import ctypes
-import importlib.machinery
 from functools import cache
 from pathlib import Path
 
@@ -40,12 +39,8 @@ def runs(instructions: str) -> bool:
 
 def library_path() -> Path | None:
     """Returns where the bodies are, None where they have not been built."""
-    folder = Path(__file__).parent
-    for suffix in importlib.machinery.EXTENSION_SUFFIXES:
-        path = folder / f"_bodies{suffix}"
-        if path.is_file():
-            return path
-    return None
+    path = Path(__file__).parent / "bodies.library"
+    return path if path.is_file() else None
 
 
 @cache

@@ -5,10 +5,13 @@ so that one library has the bodies for all processors of a kind. Without a compi
 that fails, the package is built all the same, and XLA's own operations serve.
 """
 
+from pathlib import Path
+
 import jax
 from setuptools import Extension
 from setuptools.command.build_ext import build_ext
 
+LIBRARY_SUFFIX = ".library"
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-pthread"]
 
 
@@ -25,3 +28,10 @@ class BuildBodies(build_ext):
     def get_export_symbols(self, ext: Extension) -> list[str]:
         """Returns none: the library is loaded by its path, not imported."""
         return []
+
+    def get_ext_filename(self, fullname: str) -> str:
+        """Returns a name that Python does not take for a module: the library is not one of Python's.
+
+        It serves any version of it, and needs none of its headers.
+        """
+        return str(Path(*fullname.split("."))) + LIBRARY_SUFFIX
