@@ -30,7 +30,7 @@ class BuildBodies(build_ext):
         return []
 
     def get_ext_filename(self, fullname: str) -> str:
-        """Returns a name that Python does not take for a module: the library is not one of Python's.
+        """Returns a name that Python does not take for a module: the library is none.
 
         It serves any version of it, and needs none of its headers.
         """
