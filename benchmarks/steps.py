@@ -83,17 +83,22 @@ class StepDriver:
 
         `adapter_slots` are the requests' adapters; None gives them none.
         """
+        self.add(requests, adapter_slots)
+        steps = []
+        while (step := self.step()) is not None:
+            steps.append(step)
+        return steps
+
+    def add(self, requests: Sequence[Request], adapter_slots: Sequence[int] | None = None) -> None:
+        """Has requests wait for the next steps."""
         for request, slot in zip(requests, adapter_slots or [-1] * len(requests), strict=True):
             group = new_group(request, TokenStream("", 1), next(self._arrivals), None)
             for sequence in group.sequences:
                 sequence.adapter_slot = slot
                 self._scheduler.add(sequence)
-        steps = []
-        while (step := self._step()) is not None:
-            steps.append(step)
-        return steps
 
-    def _step(self) -> StepTime | None:
+    def step(self) -> StepTime | None:
+        """Runs the next step; returns None where nothing is left to be done."""
         clock = time.perf_counter
         times = [clock()]
         plan = self._scheduler.schedule(time.monotonic())

@@ -131,7 +131,8 @@ def plan_deployment(
     # Ropes that stretch long contexts go by what is served, not by what could be.
     model = replace(model, context_len=max_context_len)
     if config.weights == "auto" and target.instructions:
-        model = replace(model, stored_forms=(*model.stored_forms, *model.block_forms))
+        stored = (*model.stored_forms, *model.block_forms)
+        model = replace(model, stored_forms=stored, block_forms=())
     abstract = make_model(model, config.base_form, target, config.mesh.model, config.quantize)
     num_pages = choose_num_pages(config, target.page_size)
     if num_pages is None:

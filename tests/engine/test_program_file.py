@@ -24,6 +24,8 @@ from pallasite.engine.planner import MemoryPlan
 from pallasite.engine.program_file import ProgramFile, digest_of_code
 from pallasite.engine.programs import Programs
 from pallasite.models.errors import ConfigError
+from pallasite.models.forms import EVERY_LAYER
+from pallasite.models.registry import matrix_forms
 from pallasite.pallas_kernels.cpu import best_instructions
 from tests.engine.harness import ORACLE, greedy, random_prompt, tokens
 from tests.tiny_checkpoints import TINY
@@ -374,3 +376,16 @@ def test_a_load_that_fails_late_stops_counting_compilations(checkpoint, monkeypa
     with pytest.raises(ConfigError, match="does not fit"):
         load(checkpoint, None, said)
     assert len(closed) == 1
+
+
+@pytest.mark.parametrize("weights", ["auto", "bf16"])
+def test_the_process_that_compiles_plans_the_same_model(weights, tmp_path):
+    """It is told the planned model, whose forms may have come from a GGUF's blocks."""
+    blocks = ((EVERY_LAYER, "q4_1"),)
+    config = replace(SMALL, weights=weights)
+    plan = plan_deployment(replace(TINY, block_forms=blocks), config)
+    again = plan_deployment(plan.model.config, config)
+    assert ProgramFile(tmp_path, plan).path == ProgramFile(tmp_path, again).path
+    forms = set(matrix_forms(plan.model).values())
+    uses_blocks = weights == "auto" and best_instructions() != ""
+    assert forms == ({"q4_1", "bf16"} if uses_blocks else {"bf16"})
