@@ -334,7 +334,6 @@ class Engine:
 
     def _deliver(self) -> None:
         touched = self._committer.take_touched()
-        wake(touched)
         ended = [group for stream, group in touched.items() if stream.is_complete]
         for group in ended:
             sequence = group.sequences[0]
@@ -342,6 +341,8 @@ class Engine:
                 self._leases.cancel()
         if ended:
             self._intake.forget(ended)
+        # Last: who has read the end of a request may give another its id.
+        wake(touched)
 
     def _collect_leases(self, now: float) -> None:
         for sequence in self._leases.collect(now):

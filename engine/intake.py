@@ -129,7 +129,7 @@ class Intake:
     def find(self, request_id: str) -> Group | None:
         """Returns the open request of that id."""
         with self._changed:
-            return self._groups.get(request_id)
+            return self._open(request_id)
 
     def promised_pages(self, page_size: int) -> int:
         """Returns the pages that open prefills will lease."""
@@ -181,11 +181,17 @@ class Intake:
         """Drops requests that have ended."""
         with self._changed:
             for group in groups:
-                del self._groups[group.stream.request_id]
+                # Who has read its end may have given another its id already.
+                if self._groups.get(group.stream.request_id) is group:
+                    del self._groups[group.stream.request_id]
             self._changed.notify_all()
 
+    def _open(self, request_id: str) -> Group | None:
+        group = self._groups.get(request_id)
+        return None if group is None or group.stream.is_complete else group
+
     def _check_unused(self, request_id: str) -> None:
-        if request_id in self._groups:
+        if self._open(request_id) is not None:
             raise RequestError(
                 f"request_id: got {request_id!r}, which is in flight; each must differ; leave it"
                 " out, and one is drawn",

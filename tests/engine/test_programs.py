@@ -14,6 +14,7 @@ import pytest
 from pallasite.engine import ErrorCode, FinishReason, Request
 from pallasite.engine.layout import Bucket
 from pallasite.engine.programs import bucket_ladder
+from pallasite.pallas_kernels.cpu import best_instructions
 from tests.engine.harness import (
     MAIN,
     TIGHT,
@@ -85,7 +86,8 @@ def test_every_program_updates_the_cache_in_place_and_copies_it_nowhere(engines,
         spec = engine._runtime.cache_spec
         assert spec.num_bytes == np.prod(spec.shape) * {"f32": 4, "bf16": 2}[weights]
         programs = programs_of(engine)
-        assert len(programs.buckets) == 3
+        # Without a body in C++ no product has one row.
+        assert len(programs.buckets) == (4 if best_instructions() else 3)
         for bucket in programs.buckets:
             assert programs.aliased_bytes(bucket) >= spec.num_bytes
             text = programs._steps[bucket].as_text()

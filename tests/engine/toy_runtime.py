@@ -57,6 +57,9 @@ def answers(request: Request) -> tuple[int, ...]:
 class ToyRuntime(Runtime):
     """Runs the words of a step row by row. No program is compiled."""
 
+    uses_all_cores = False
+    weight_forms = None
+
     def __init__(self, config: EngineConfig, num_shards: int) -> None:
         deployment = plan_deployment(TINY, config)
         spec = deployment.program_spec()
