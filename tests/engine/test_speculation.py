@@ -217,7 +217,9 @@ def test_prefill_and_decode_give_the_tokens_of_generate(engines, rng):
 
 @pytest.mark.parametrize("mesh", [MeshShape(data=2)], ids=str)
 def test_data_shards_verify_drafts_of_their_own(engines, rng, monkeypatch, mesh):
-    requests = sampled(rng, 40)
+    # The last one goes on alone on its shard, whatever the others' lengths.
+    longest = SamplingParams(temperature=0.0, max_tokens=80, ignore_eos=True)
+    requests = [*sampled(rng, 40), Request(prompt_ids=random_prompt(rng, 20), params=longest)]
     answers = engines.get(MAIN).generate(requests)
     with eager_engine(engines, replace(DRAFTING, mesh=mesh)) as engine:
         with (
