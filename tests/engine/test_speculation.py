@@ -79,8 +79,9 @@ def test_what_repeats_comes_in_fewer_steps_and_is_the_same(engines, rng):
         got = one_by_one(engine, requests)
         metrics = engine.metrics
         assert_same_answers(requests, tokens(got), expected)
-        assert metrics.num_steps < 0.8 * num_steps
-        assert 0.2 * metrics.draft_tokens < metrics.accepted_tokens < metrics.draft_tokens
+        # How often random weights repeat themselves is the seed's; what it saves is not.
+        assert metrics.num_steps == num_steps - metrics.accepted_tokens
+        assert 30 < metrics.accepted_tokens < metrics.draft_tokens
         assert metrics.acceptance == metrics.accepted_tokens / metrics.draft_tokens
         assert 0 < metrics.num_drafts <= metrics.draft_tokens <= 4 * metrics.num_drafts
         assert metrics.compilations == metrics.misses == 0
