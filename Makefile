@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench bench-kernels peers compare models parity reliability compile-gpu proto wheel-check clean
+.PHONY: demo serve test lint types bench bench-kernels peers compare step-cost models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -56,6 +56,12 @@ compare: .venv/bench.stamp peers
 	mkdir -p build/bench
 	$(BIN)/python -m benchmarks.compare --output build/bench/compare.json \
 		--plot docs/cpu.png --document docs/cpu.md
+
+step-cost: .venv/bench.stamp
+	$(BIN)/pallasite pull smollm2-135m
+	mkdir -p build/bench
+	$(BIN)/python -m benchmarks.step_cost --output build/bench/step_cost.json \
+		--plot docs/step_cost.png --document docs/cpu.md
 
 models: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m

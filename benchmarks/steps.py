@@ -31,6 +31,7 @@ class StepTime:
 
     Attributes:
         num_tokens: tokens that were wanted; the bucket computes its own number.
+        num_cached: tokens of all rows that were in the cache before.
         schedule_s: deciding who runs, in which pages.
         admit_s: giving slots to those that just came; 0 where none did.
         build_s: filling in the words that the program reads.
@@ -43,6 +44,7 @@ class StepTime:
 
     bucket: Bucket
     num_tokens: int
+    num_cached: int
     schedule_s: float
     admit_s: float
     build_s: float
@@ -124,6 +126,7 @@ class StepDriver:
         return StepTime(
             bucket=bucket,
             num_tokens=plan.num_tokens,
+            num_cached=sum(row.start for row in plan.rows),
             schedule_s=schedule_s,
             admit_s=admit_s if plan.admitted else 0.0,
             build_s=build_s,
@@ -156,13 +159,15 @@ def time_buckets(
     for bucket in runtime.programs.buckets:
         num_requests = num_shards * (1 if bucket.has_prefill else bucket.num_rows)
         if bucket.has_prefill:
-            one = _requests(runtime, num_requests, bucket.num_tokens, 1)
+            one = random_requests(runtime, num_requests, bucket.num_tokens, 1)
             runs = [one] * (num_steps + 1)
         else:
             # The first requests decode while the last ones' prompts are still computed.
             budget = config.max_batch_tokens // num_shards - bucket.num_rows
             num_prefills = -(-bucket.num_rows * prompt_len // budget)
-            runs = [_requests(runtime, num_requests, prompt_len, num_prefills + num_steps + 3)]
+            runs = [
+                random_requests(runtime, num_requests, prompt_len, num_prefills + num_steps + 3)
+            ]
         times = [step for requests in runs for step in driver.run(requests)]
         full = num_shards * bucket.num_tokens
         own = [step for step in times if step.bucket == bucket and step.num_tokens == full]
@@ -171,7 +176,10 @@ def time_buckets(
     return steps
 
 
-def _requests(runtime: Runtime, count: int, prompt_len: int, max_tokens: int) -> list[Request]:
+def random_requests(
+    runtime: Runtime, count: int, prompt_len: int, max_tokens: int
+) -> list[Request]:
+    """Returns `count` greedy requests that all run to `max_tokens`, of random prompts."""
     rng = np.random.default_rng(prompt_len)
     prompts = rng.integers(0, runtime.model_config.vocab_size, (count, prompt_len))
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
