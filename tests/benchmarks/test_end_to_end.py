@@ -44,6 +44,7 @@ def test_serving_beside_offline(model, tmp_path, compile_cache):
     assert 0 < result["p50_ttft_ms"] <= result["p99_ttft_ms"] < result["p99_e2el_ms"]
     served, offline = (result[f"{x}_output_throughput"] for x in ("served", "offline"))
     assert len(served["runs"]) == len(offline["runs"]) == 2
+    assert all(seconds > 0 for seconds in result["client_cpu_s"]["runs"])
     for name in ("served", "offline"):
         assert all(0 <= seconds < 60 for seconds in result[f"{name}_cpu_s"]["runs"])
         assert len(result[f"{name}_others_cores"]["runs"]) == 2
