@@ -37,7 +37,7 @@ class Workload:
         seed: of prompts and times.
     """
 
-    num_prompts: int = 64
+    num_prompts: int = 32
     input_len: int = 128
     output_len: int = 64
     request_rate: float = math.inf

@@ -244,7 +244,7 @@ def _arguments() -> argparse.Namespace:
         "--concurrency", type=WHOLE, default=32, metavar="N", help="streams at once (default: 32)"
     )
     parser.add_argument(
-        "--rounds", type=WHOLE, default=3, metavar="N", help="runs of each (default: 3)"
+        "--rounds", type=WHOLE, default=5, metavar="N", help="runs of each (default: 5)"
     )
     parser.add_argument(
         "--goodput",

@@ -8,7 +8,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from pallasite.models import host_layout
+from pallasite.models import host_layout, loader
 from pallasite.models.checkpoint import open_checkpoint
 from pallasite.models.errors import CheckpointError
 from pallasite.models.loader import check_tensors
@@ -142,6 +142,35 @@ def test_progress_counts_every_tensor_once():
     load(InMemory(tensors), progress=lambda done, of: seen.append((done, of)))
     assert {of for _, of in seen} == {len(tensors)}
     assert list(dict.fromkeys(done for done, _ in seen)) == list(range(1, len(tensors) + 1))
+
+
+@pytest.mark.parametrize(
+    ("form", "rules"), [("f32", ()), ("bf16", ()), ("bf16", (("mlp", "int8"),))]
+)
+def test_the_host_fills_in_what_devices_do(monkeypatch, form, rules):
+    tensors = random_tensors(TINY)
+    filled = load(InMemory(tensors), form, rules=rules)
+    monkeypatch.setattr(loader, "filling", loader.DeviceFilling)
+    expected = dict(named_weights(load(InMemory(tensors), form, rules=rules)))
+    for path, weight in named_weights(filled):
+        values, others = np.asarray(weight[...]), np.asarray(expected[path][...])
+        assert values.dtype == others.dtype
+        np.testing.assert_array_equal(values, others, err_msg=path)
+
+
+def test_jax_takes_the_hosts_memory_over(monkeypatch):
+    """A copy would hold each weight twice, if not for long."""
+    made = []
+
+    def remember(shape, dtype):
+        made.append(allocate(shape, dtype))
+        return made[-1]
+
+    allocate = loader._device_memory
+    monkeypatch.setattr(loader, "_device_memory", remember)
+    leaves = jax.tree.leaves(load(InMemory(random_tensors(TINY))))
+    places = {array.ctypes.data for array in made}
+    assert {leaf.unsafe_buffer_pointer() for leaf in leaves} == places
 
 
 def peak_bytes(folder, form, mesh=None, rules=()):
