@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types bench bench-kernels peers compare step-cost models parity reliability compile-gpu proto wheel-check clean
+.PHONY: demo serve test lint types sanitize cross-arm64 bench bench-kernels peers compare step-cost models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -33,6 +33,20 @@ types: .venv/test.stamp .venv/lint.stamp
 	for p in engine models pallas_kernels proto server; do \
 		ln -sfn ../../../$$p build/types/pallasite/$$p; done
 	$(BIN)/mypy
+
+# The CPU's bodies alone, in C++: `check` calls them with random shapes, pages and faults.
+BODIES_CHECK := $(MAKE) --no-print-directory -j $(TEST_JOBS) -f tests/pallas_kernels/cpu_bodies/Makefile \
+	INCLUDE="$$($(BIN)/python -c 'import jax; print(jax.ffi.include_dir())')"
+
+sanitize: .venv/run.stamp
+	$(BODIES_CHECK) OUT=build/sanitize FLAGS="-O1 -g -fno-omit-frame-pointer \
+		-fsanitize=address,undefined -fno-sanitize-recover=all"
+	UBSAN_OPTIONS=print_stacktrace=1 build/sanitize/check 300 1
+
+# Compiled for arm64 here, and run in an emulator of it.
+cross-arm64: .venv/run.stamp
+	$(BODIES_CHECK) OUT=build/arm64 CXX=aarch64-linux-gnu-g++ FLAGS="-O2 -Wall -Wextra -Werror"
+	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/arm64/check 60 1
 
 bench: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m

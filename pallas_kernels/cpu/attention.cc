@@ -299,6 +299,10 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
   auto out = results.get<ffi::AnyBuffer>(0);
   auto written = results.get<ffi::AnyBuffer>(1);
   if (out.has_error() || written.has_error()) return invalid("got too few results");
+  args.fail(buffer_fault("the outputs", **out, {Type::F32},
+                       {layout.num_tokens, a.num_heads, cache.head_width}));
+  args.fail(buffer_fault("the cache", **written, {type}, {shape.begin(), shape.end()}));
+  if (!args.error().empty()) return invalid(args.error());
   if ((*written)->untyped_data() != values.untyped_data()) {
     return invalid("got a cache to be read that is not the one to be written; they must be one");
   }

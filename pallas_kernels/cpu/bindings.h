@@ -25,12 +25,38 @@ inline ffi::Error invalid(const std::string& message) {
   return ffi::Error(ffi::ErrorCode::kInvalidArgument, message);
 }
 
-inline std::string shown(ffi::AnyBuffer::Dimensions dimensions) {
+template <typename Dimensions>
+std::string shown(const Dimensions& dimensions) {
   std::string text = "[";
   for (size_t i = 0; i < dimensions.size(); ++i) {
     text += (i == 0 ? "" : ", ") + std::to_string(dimensions[i]);
   }
   return text + "]";
+}
+
+// What is wrong with the type, the address or the shape of an argument or a result, in words;
+// nothing where all is as it must be.
+inline std::string buffer_fault(const char* name, const ffi::AnyBuffer& buffer,
+                                std::initializer_list<Type> types) {
+  if (std::find(types.begin(), types.end(), buffer.element_type()) == types.end()) {
+    return std::string("got ") + name + " of a type that it cannot have";
+  }
+  const size_t size = ffi::ByteWidth(buffer.element_type());
+  if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % size != 0) {
+    return std::string("got ") + name + " at an address that " + std::to_string(size) +
+           " does not divide";
+  }
+  return "";
+}
+
+inline std::string buffer_fault(const char* name, const ffi::AnyBuffer& buffer,
+                                std::initializer_list<Type> types,
+                                const std::vector<int64_t>& shape) {
+  const auto dimensions = buffer.dimensions();
+  if (!std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end())) {
+    return std::string("got ") + name + " " + shown(dimensions) + "; it must be " + shown(shape);
+  }
+  return buffer_fault(name, buffer, types);
 }
 
 // A team for the time of one call; without one, the calling thread works alone.
@@ -80,35 +106,22 @@ class Arguments {
   ffi::AnyBuffer take(const char* name, std::initializer_list<Type> types) {
     auto found = args_.get<ffi::AnyBuffer>(next_++);
     if (found.has_error()) {
-      fail(std::string("got no ") + name);
+      fail(std::string("got nothing for ") + name);
       return ffi::AnyBuffer(&nothing_);
     }
     const ffi::AnyBuffer buffer = *found;
-    if (std::find(types.begin(), types.end(), buffer.element_type()) == types.end()) {
-      fail(std::string("got ") + name + " of a type that it cannot have");
-    }
-    const size_t size = ffi::ByteWidth(buffer.element_type());
-    if (reinterpret_cast<uintptr_t>(buffer.untyped_data()) % std::max<size_t>(size, 1) != 0) {
-      fail(std::string("got ") + name + " at an address that " + std::to_string(size) +
-           " does not divide");
-    }
+    fail(buffer_fault(name, buffer, types));
     return buffer;
   }
 
   ffi::AnyBuffer take(const char* name, std::initializer_list<Type> types,
                       const std::vector<int64_t>& shape) {
     const ffi::AnyBuffer buffer = take(name, types);
-    const auto dimensions = buffer.dimensions();
-    if (!std::equal(dimensions.begin(), dimensions.end(), shape.begin(), shape.end())) {
-      std::string wanted = "[";
-      for (size_t i = 0; i < shape.size(); ++i) {
-        wanted += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-      }
-      fail(std::string("got ") + name + " " + shown(dimensions) + "; it must be " + wanted + "]");
-    }
+    fail(buffer_fault(name, buffer, types, shape));
     return buffer;
   }
 
+  // Keeps the first message that is not empty.
   void fail(const std::string& message) {
     if (error_.empty()) error_ = message;
   }

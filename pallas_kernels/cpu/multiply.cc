@@ -156,9 +156,8 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
 }
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
-                    ffi::Result<ffi::BufferR2<Type::F32>> out, std::string_view instructions,
-                    bool has_count, bool has_norm, bool has_residual, int32_t gate,
-                    float epsilon) try {
+                    ffi::Result<ffi::AnyBuffer> out, std::string_view instructions, bool has_count,
+                    bool has_norm, bool has_residual, int32_t gate, float epsilon) try {
   const Bodies* bodies = choose(instructions).bodies;
   if (bodies == nullptr) {
     return invalid("got a program for a processor with " + std::string(instructions) +
@@ -181,13 +180,16 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
                      std::to_string(num_rows));
     }
   }
+  if (out->dimensions().size() != 2) {
+    return invalid("got outputs " + shown(out->dimensions()) + "; they must be [T, outputs]");
+  }
   const int64_t num_outputs = out->dimensions()[1];
   Rounding rounding{data<float>(x), num_inputs, nullptr, epsilon, false};
   if (has_norm) {
     rounding.norm = take_norm(args, *data<int32_t>(layer), num_inputs);
   }
   Product product{};
-  product.out = out->typed_data();
+  product.out = static_cast<float*>(out->untyped_data());
   product.num_outputs = num_outputs;
   if (has_residual) {
     product.residual = data<float>(args.take("the residual", {Type::F32}, {num_rows, num_outputs}));
@@ -221,13 +223,14 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
       return invalid("got a gate and its values with different numbers of outputs");
     }
   }
-  if (num_inputs % kGroup != 0) {
-    return invalid("got " + std::to_string(num_inputs) + " inputs; 32 must divide them");
+  if (num_inputs == 0 || num_inputs % kGroup != 0) {
+    return invalid("got " + std::to_string(num_inputs) + " inputs; they must be a multiple of 32");
   }
   const int64_t expected = (product.is_gated ? first.num_strips : strips) * kLanes;
-  if (out->dimensions()[0] != num_rows || num_outputs != expected) {
-    return invalid("got outputs " + shown(out->dimensions()) + "; they must be [" +
-                   std::to_string(num_rows) + ", " + std::to_string(expected) + "]");
+  if (const std::string fault =
+          buffer_fault("the outputs", *out, {Type::F32}, {num_rows, expected});
+      !fault.empty()) {
+    return invalid(fault);
   }
   std::fill(product.out + num_used * num_outputs, product.out + num_rows * num_outputs, 0.0f);
   if (num_used == 0) return ffi::Error::Success();
@@ -245,7 +248,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasiteMultiply, pallasite::multiply,
                               ffi::Ffi::Bind()
                                   .Ctx<ffi::ThreadPool>()
                                   .RemainingArgs()
-                                  .Ret<ffi::BufferR2<ffi::DataType::F32>>()
+                                  .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("instructions")
                                   .Attr<bool>("has_count")
                                   .Attr<bool>("has_norm")
