@@ -1,8 +1,8 @@
-"""How long `pallasite serve` takes to be ready, with a cold and with a warm compile cache.
+"""How long `pallasite serve` takes to its first token, with a cold and with a warm compile cache.
 
-Ready is when gRPC's health says SERVING; the clock starts as the process does. Weights load while
-programs are read or compiled, so the marks are of one clock and do not add up. CPU time is the
-server's alone, without the process that compiles.
+Ready is when gRPC's health says SERVING; then one request is sent. The clock starts as the process
+does. Weights load while programs are read or compiled, so the marks are of one clock and do not add
+up. CPU time is the server's alone, without the process that compiles.
 """
 
 import argparse
@@ -23,10 +23,16 @@ from benchmarks.options import benchmark_parser, engine_config, run, say
 from benchmarks.processes import Said, ServerProcess, cpu_seconds_of
 from pallasite.engine.config import EngineConfig
 from pallasite.models.errors import ConfigError
+from pallasite.proto import inference_pb2 as pb
 from pallasite.server.client import Client
 from pallasite.server.flags import WHOLE
 
-GOAL_S = 5.0
+GOAL_S = 3.0
+"""To the first token, with a warm compile cache."""
+
+PROMPT_LEN = 139
+"""Tokens of the request, any ones."""
+
 MARKS = {
     "first word": r"",
     "weights loaded": r"loaded (\d+) of \1 tensors",
@@ -70,7 +76,12 @@ def _start(model: str, config: EngineConfig) -> dict[str, float]:
             raise ConfigError("got a server that listens and is not ready; it must be within 60 s")
         ready_s = time.monotonic() - server.started_s
         cpu_s = cpu_seconds_of(server.pid)
-        return marks(server.said) | {"SERVING": ready_s, "CPU time until then": cpu_s}
+        one = pb.SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True)
+        for event in client.generate(range(PROMPT_LEN), one):
+            assert len(event.token_ids) == 1
+        first_s = time.monotonic() - server.started_s
+        times = {"SERVING": ready_s, "first token": first_s, "CPU time until SERVING": cpu_s}
+        return marks(server.said) | times
 
 
 def marks(said: Sequence[Said]) -> dict[str, float]:
@@ -96,13 +107,13 @@ def _show(result: dict[str, Any]) -> None:
     rows = [[mark, *(result[name][mark]["median"] for name in names)] for mark in result["cold"]]
     title = "seconds after the process began (median)"
     print(report.table(title, ["", "cold cache", "warm cache"], rows))
-    runs = result["warm"]["SERVING"]
+    runs = result["warm"]["first token"]
     each = ", ".join(f"{seconds:.2f}" for seconds in runs["runs"])
-    print(f"\nwarm, to SERVING: {runs['median']:.2f} s of {each} (goal: <= {GOAL_S:g} s)")
+    print(f"\nwarm, to the first token: {runs['median']:.2f} s of {each} (goal: <= {GOAL_S:g} s)")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = benchmark_parser("Time from `pallasite serve` to ready.")
+    parser = benchmark_parser("Time from `pallasite serve` to ready, and to a first token.")
     parser.add_argument(
         "--rounds", type=WHOLE, default=3, metavar="N", help="runs of each (default: 3)"
     )

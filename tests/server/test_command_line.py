@@ -318,3 +318,22 @@ def test_a_reader_that_leaves_is_no_traceback():
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         process.stdout.close()
         assert process.stderr.read() == b""
+
+
+def test_what_was_imported_is_not_looked_through_for_garbage():
+    """Also after a first command, and garbage is looked for again."""
+    program = (
+        "import gc, sys\n"
+        "from pallasite.server.__main__ import main\n"
+        "assert 'jax' not in sys.modules\n"
+        "assert main(['info', 'no/such.gguf']) == 2\n"
+        "assert 'jax' in sys.modules\n"
+        "count = gc.get_freeze_count()\n"
+        "assert gc.isenabled() and count > len(gc.get_objects()), count\n"
+        "main(['info', 'no/such.gguf'])\n"
+        "assert gc.get_freeze_count() <= count\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
