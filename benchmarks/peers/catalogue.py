@@ -104,7 +104,13 @@ PEERS = (
 
 
 def ours() -> Program:
-    """Returns what runs Pallasite: this Python."""
+    """Returns what runs Pallasite: this Python, on the CPU.
+
+    Where a library for other devices is installed beside it, JAX would load that, too.
+    """
     return Program(
-        name=OURS, python=Path(sys.executable), module="benchmarks.peers.ours", environment={}
+        name=OURS,
+        python=Path(sys.executable),
+        module="benchmarks.peers.ours",
+        environment={"JAX_PLATFORMS": "cpu"},
     )
