@@ -18,6 +18,10 @@
 #include <new>
 #include <thread>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace pallasite {
 
 inline void pause_thread() {
@@ -47,6 +51,11 @@ class Scratch {
       if (data_ == nullptr) throw std::bad_alloc();
       size_ = rounded;
     }
+#if defined(__SANITIZE_ADDRESS__)
+    // What lies behind is nobody's, though a larger operation may have had it.
+    ASAN_UNPOISON_MEMORY_REGION(data_, size);
+    ASAN_POISON_MEMORY_REGION(data_ + size, size_ - size);
+#endif
     return data_;
   }
 

@@ -384,12 +384,12 @@ int refuse_products(const std::string& instructions, Random& random, Pool& pool)
   faults.refuse("got a program for a processor with none", change_attribute("instructions", "none"));
   faults.refuse("got x [", reshape("x", {rows * inputs}));
   faults.refuse("got a norm [", reshape("the norm", {inputs, 1}));
-  faults.refuse("got the residual [", reshape("the residual", {made.num_outputs(), rows}));
+  faults.refuse("got the residual [", reshape("the residual", {rows, made.num_outputs() + 1}));
   faults.refuse("got the outputs [", reshape("the outputs", {rows + 1, made.num_outputs()}));
   faults.refuse("got outputs [", reshape("the outputs", {rows * made.num_outputs()}));
   faults.refuse("got a matrix's values [", reshape("a matrix's values", {1, 1, 1}));
   if (made.kind != Kind::kBfloat16) {
-    faults.refuse("got a matrix's scales [", reshape("a matrix's scales", {1, 1, kLanes}));
+    faults.refuse("got a matrix's scales [", reshape("a matrix's scales", {kLanes}));
   }
   faults.survive(40);
   return faults.num_refused();
