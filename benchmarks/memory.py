@@ -130,8 +130,8 @@ def _show(result: dict[str, Any]) -> None:
 def _arguments() -> argparse.Namespace:
     parser = benchmark_parser("Memory of a server with --max-requests requests in flight.")
     for name, default, what in (
-        ("--input-len", 960, "tokens of each prompt"),
-        ("--output-len", 64, "tokens of each completion"),
+        ("--input-len", 928, "tokens of each prompt"),
+        ("--output-len", 96, "tokens of each completion"),
     ):
         help_text = f"{what} (default: {default})"
         parser.add_argument(name, type=WHOLE, default=default, metavar="N", help=help_text)
