@@ -9,7 +9,7 @@ TEST_JOBS ?= 2
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check
 
-.PHONY: demo serve test lint types sanitize cross-arm64 bench bench-kernels peers compare step-cost models parity reliability compile-gpu proto wheel-check clean
+.PHONY: demo serve test lint types sanitize cross-arm64 test-without-bodies bench bench-kernels peers compare step-cost models parity reliability compile-gpu proto wheel-check clean
 
 demo: .venv/run.stamp
 	$(BIN)/pallasite pull $(MODEL)
@@ -47,6 +47,9 @@ sanitize: .venv/run.stamp
 cross-arm64: .venv/run.stamp
 	$(BODIES_CHECK) OUT=build/arm64 CXX=aarch64-linux-gnu-g++ FLAGS="-O2 -Wall -Wextra -Werror"
 	qemu-aarch64 -cpu max -L /usr/aarch64-linux-gnu build/arm64/check 60 1
+
+test-without-bodies: .venv/made.stamp
+	TEST_JOBS=$(TEST_JOBS) .ci/test_without_bodies $(BIN)/python build/without-bodies
 
 bench: .venv/test.stamp
 	$(BIN)/pallasite pull smollm2-135m
