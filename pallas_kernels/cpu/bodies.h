@@ -35,12 +35,16 @@ struct Matrix {
   const void* minimums;  // of nibbles
 };
 
-// Rows of x as products take them: int8 with scales, or bfloat16.
+// Rows of x as products take them: int8 with scales, or bfloat16. The largest of each group of 32
+// stays as it is, a float, and has the integer 0: one that stands out would leave the others but a
+// few of the 255 integers.
 struct Rounded {
   int64_t num_inputs;
   int8_t* values;         // [T, inputs]
   float* scales;          // [T, groups]
-  float* sums;            // [T, groups]: a group's scale times the sum of its integers
+  float* largest;         // [T, groups]: the input that stays
+  int32_t* places;        // [T, groups]: which of the group's it is
+  float* sums;            // [T, groups]: what the group's inputs, as they are held, come to
   int32_t* whole_sums;    // [T, groups]: the sums of the integers
   uint16_t* halves;       // [T, inputs], bfloat16
 };

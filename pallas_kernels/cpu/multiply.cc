@@ -117,12 +117,14 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
   } else {
     const int64_t groups_size = num_rows * num_groups * 4;
     std::byte* at =
-        call.reserve(static_cast<size_t>(num_rows * num_inputs + 3 * groups_size));
+        call.reserve(static_cast<size_t>(num_rows * num_inputs + 5 * groups_size));
     product.x.values = reinterpret_cast<int8_t*>(at);
     at += num_rows * num_inputs;
     product.x.scales = reinterpret_cast<float*>(at);
-    product.x.sums = reinterpret_cast<float*>(at + groups_size);
-    product.x.whole_sums = reinterpret_cast<int32_t*>(at + 2 * groups_size);
+    product.x.largest = reinterpret_cast<float*>(at + groups_size);
+    product.x.places = reinterpret_cast<int32_t*>(at + 2 * groups_size);
+    product.x.sums = reinterpret_cast<float*>(at + 3 * groups_size);
+    product.x.whole_sums = reinterpret_cast<int32_t*>(at + 4 * groups_size);
   }
   // Few values are rounded sooner than handed out.
   const int64_t rows_a_chunk = std::max<int64_t>((16 << 10) / num_inputs, 1);

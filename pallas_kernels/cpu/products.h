@@ -26,6 +26,17 @@ PALLASITE_INLINE Floats load_scales(const void* scales, int64_t group) {
   }
 }
 
+// Where an input of a group lies in a strip: in which of its vectors, and how far up in the words.
+struct Spot {
+  int32_t offset;
+  int32_t shift;
+};
+template <bool kIsNibbles>
+PALLASITE_INLINE Spot spot_of(int32_t input) {
+  if constexpr (kIsNibbles) return {(input & 12) << 4, (input & 3) * 8 + (input >> 4) * 4};
+  return {(input >> 2) << 6, (input & 3) * 8};
+}
+
 // The products of `kRows` rows of x with one strip of integers.
 template <int kRows, bool kIsNibbles, bool kHalfScales>
 PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, const Rounded& x,
@@ -35,10 +46,13 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
   const uint8_t* codes = matrix.values + strip * num_groups * kVectors * 64;
   const int8_t* values = x.values + row * x.num_inputs;
   const float* scales = x.scales + row * num_groups;
-  const float* scaled_sums = x.sums + row * num_groups;
+  const float* largest = x.largest + row * num_groups;
+  const int32_t* places = x.places + row * num_groups;
+  const float* x_sums = x.sums + row * num_groups;
   const int32_t* whole_sums = x.whole_sums + row * num_groups;
   for (int r = 0; r < kRows; ++r) sums[r] = zeros();
   for (int64_t group = 0; group < num_groups; ++group) {
+    const uint8_t* first = codes;
     Ints dots[kRows];
     for (int r = 0; r < kRows; ++r) {
       const bool has_zero = !kIsNibbles && kByteZero != 0;
@@ -70,15 +84,19 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
     const Floats own = load_scales<kHalfScales>(matrix.scales, strip * num_groups + group);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const Floats scale = mul(own, splat(scales[r * num_groups + group]));
-      sums[r] = fma(to_floats(dots[r]), scale, sums[r]);
+      const int64_t at = r * num_groups + group;
+      const Spot spot = spot_of<kIsNibbles>(places[at]);
+      Ints kept = part_of_words(first + spot.offset, spot.shift, kIsNibbles ? 15 : 255);
+      if constexpr (!kIsNibbles) kept = add_ints(kept, splat_int(-128));
+      const Floats others = mul(to_floats(dots[r]), splat(scales[at]));
+      sums[r] = fma(fma(to_floats(kept), splat(largest[at]), others), own, sums[r]);
     }
     if constexpr (kIsNibbles) {
       const Floats minimums =
           load_scales<kHalfScales>(matrix.minimums, strip * num_groups + group);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sums[r] = fma(minimums, splat(scaled_sums[r * num_groups + group]), sums[r]);
+        sums[r] = fma(minimums, splat(x_sums[r * num_groups + group]), sums[r]);
       }
     }
   }
@@ -177,13 +195,17 @@ void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, int64
   }
 }
 
-// Rounds a row to int8, a group of 32 with a scale each, as `quantize_rows` defines it. `value` gives
-// sixteen of its floats.
+// Rounds a row to int8, a group of 32 with a scale each, as `quantize_rows` defines it, but for the
+// largest of each group. `value` gives sixteen of the row's floats.
 template <typename Value>
 PALLASITE_INLINE void quantize_row(const Value& value, const Rounded& to, int64_t row) {
   const int64_t num_groups = to.num_inputs / kGroup;
   for (int64_t group = 0; group < num_groups; ++group) {
-    const Floats first = value(group * kGroup), second = value(group * kGroup + kLanes);
+    Floats first = value(group * kGroup), second = value(group * kGroup + kLanes);
+    const int64_t at = row * num_groups + group;
+    const int32_t place = largest_lane(abs(first), abs(second));
+    to.places[at] = place;
+    to.largest[at] = take_lane(first, second, place);
     const float scale = largest(max(abs(first), abs(second))) * (1.0f / 127);
     const bool is_zero = scale < 1.17549435e-38f;
     const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scale);
@@ -192,9 +214,8 @@ PALLASITE_INLINE void quantize_row(const Value& value, const Rounded& to, int64_
     store_int8(values, low);
     store_int8(values + kLanes, high);
     const int32_t sum = total(add_ints(low, high));
-    const int64_t at = row * num_groups + group;
     to.scales[at] = is_zero ? 0.0f : scale;
-    to.sums[at] = is_zero ? 0.0f : scale * static_cast<float>(sum);
+    to.sums[at] = (is_zero ? 0.0f : scale * static_cast<float>(sum)) + to.largest[at];
     to.whole_sums[at] = sum;
   }
 }

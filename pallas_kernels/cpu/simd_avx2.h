@@ -117,6 +117,34 @@ PALLASITE_INLINE int32_t total(Ints x) {
   four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
 }
+// The index of the first of 32 floats, none below zero, that is as large as any.
+PALLASITE_INLINE int32_t largest_lane(Floats a, Floats b) {
+  float lanes[32];
+  store(lanes, a);
+  store(lanes + 16, b);
+  const float most = largest(max(a, b));
+  int32_t index = 0;
+  while (index < 31 && lanes[index] != most) ++index;
+  return index;
+}
+// Returns one of 32 floats, and leaves zero there.
+PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
+  float lanes[32];
+  store(lanes, a);
+  store(lanes + 16, b);
+  const float kept = lanes[index];
+  lanes[index] = 0.0f;
+  a = load(lanes);
+  b = load(lanes + 16);
+  return kept;
+}
+PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
+  const auto* halves = reinterpret_cast<const __m256i*>(words);
+  const __m128i count = _mm_cvtsi32_si128(shift);
+  const __m256i kept = _mm256_set1_epi32(mask);
+  return {_mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(halves), count), kept),
+          _mm256_and_si256(_mm256_srl_epi32(_mm256_loadu_si256(halves + 1), count), kept)};
+}
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) {
   const auto* halves = reinterpret_cast<const __m256i*>(x);
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};

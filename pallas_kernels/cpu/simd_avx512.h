@@ -56,6 +56,28 @@ PALLASITE_INLINE void store_int8(int8_t* out, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
 }
 PALLASITE_INLINE int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
+// The index of the first of 32 floats, none below zero, that is as large as any.
+PALLASITE_INLINE int32_t largest_lane(Floats a, Floats b) {
+  const __m512 most = splat(largest(max(a, b)));
+  const uint32_t low = _mm512_cmp_ps_mask(a, most, _CMP_EQ_OQ);
+  const uint32_t high = _mm512_cmp_ps_mask(b, most, _CMP_EQ_OQ);
+  // The last bit stands in where a NaN equals none.
+  return __builtin_ctz(low | high << 16 | 1u << 31);
+}
+// Returns one of 32 floats, and leaves zero there.
+PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
+  const uint32_t bit = 1u << index;
+  const __mmask16 low = static_cast<__mmask16>(bit), high = static_cast<__mmask16>(bit >> 16);
+  const __m512 kept = _mm512_or_ps(_mm512_maskz_mov_ps(low, a), _mm512_maskz_mov_ps(high, b));
+  a = _mm512_mask_mov_ps(a, low, zeros());
+  b = _mm512_mask_mov_ps(b, high, zeros());
+  return _mm512_reduce_add_ps(kept);
+}
+// Each word of 64 bytes, shifted down and masked.
+PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
+  return _mm512_and_si512(_mm512_srlv_epi32(_mm512_loadu_si512(words), splat_int(shift)),
+                          splat_int(mask));
+}
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) { return _mm512_loadu_si512(x); }
 PALLASITE_INLINE Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 PALLASITE_INLINE Bytes high_nibbles(Bytes x) {

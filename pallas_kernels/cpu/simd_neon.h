@@ -118,6 +118,34 @@ PALLASITE_INLINE void store_int8(int8_t* out, Ints x) {
 PALLASITE_INLINE int32_t total(Ints x) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(x.part[0], x.part[1]), vaddq_s32(x.part[2], x.part[3])));
 }
+// The index of the first of 32 floats, none below zero, that is as large as any.
+PALLASITE_INLINE int32_t largest_lane(Floats a, Floats b) {
+  float lanes[32];
+  store(lanes, a);
+  store(lanes + 16, b);
+  const float most = largest(max(a, b));
+  int32_t index = 0;
+  while (index < 31 && lanes[index] != most) ++index;
+  return index;
+}
+// Returns one of 32 floats, and leaves zero there.
+PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
+  float lanes[32];
+  store(lanes, a);
+  store(lanes + 16, b);
+  const float kept = lanes[index];
+  lanes[index] = 0.0f;
+  a = load(lanes);
+  b = load(lanes + 16);
+  return kept;
+}
+PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
+  return by_quarters<Ints>([&](int i) {
+    const uint32x4_t all = vreinterpretq_u32_u8(vld1q_u8(words + 16 * i));
+    const uint32x4_t down = vshlq_u32(all, vdupq_n_s32(-shift));
+    return vreinterpretq_s32_u32(vandq_u32(down, vdupq_n_u32(static_cast<uint32_t>(mask))));
+  });
+}
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) {
   return by_quarters<Bytes>([&](int i) { return vld1q_u8(x + 16 * i); });
 }

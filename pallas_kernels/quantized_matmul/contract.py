@@ -27,7 +27,8 @@ class QuantizedMatrix:
             for others, where v stands for v * scale.
         quantizes_inputs: whether what it is multiplied with is rounded to int8 too, each token's
             part of a group with a scale of its own.
-        in_strips: whether the parts lie in strips of rows, as the CPU's bodies read them.
+        in_strips: whether the parts lie in strips of rows, as the CPU's bodies read them. Inputs
+            that are rounded are so in groups of 32, and the largest of each stays as it is.
         layer: where the parts of all layers are stacked along a first axis, whose matrix it is: an
             integer array. None where they are not. A kernel reads a layer where it lies, while a
             slice that is handed to it is a copy.

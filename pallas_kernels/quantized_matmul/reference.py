@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from pallasite.pallas_kernels.quantized_matmul.contract import QuantizedMatrix
-from pallasite.pallas_kernels.quantized_matmul.strips import unpack
+from pallasite.pallas_kernels.quantized_matmul.strips import GROUP, unpack
 from pallasite.pallas_kernels.storage import decode, quantize_rows
 
 
@@ -14,6 +14,8 @@ def quantized_matmul(
     x: Float[Array, "T in"], matrix: QuantizedMatrix, dtype: DTypeLike
 ) -> Float[Array, "T out"]:
     """See the op in the package."""
+    if matrix.in_strips and matrix.quantizes_inputs:
+        return _dot(_round_but_largest(x), dequantize(matrix), jnp.float32)
     matrix = unpack(matrix)
     if matrix.scales is None:
         return _dot(x, decode(matrix.values), dtype)
@@ -38,6 +40,16 @@ def dequantize(matrix: QuantizedMatrix) -> Float[Array, "out in"]:
     if matrix.minimums is not None:
         scaled = scaled + matrix.minimums[..., None]
     return scaled.reshape(num_rows, -1)
+
+
+def _round_but_largest(x: Float[Array, "T in"]) -> Float[Array, "T in"]:
+    """Rounds all but the largest of each group of 32 to 127 steps up and down."""
+    groups = x.astype(jnp.float32).reshape(x.shape[0], -1, GROUP)
+    largest = jnp.argmax(jnp.abs(groups), axis=-1, keepdims=True)
+    is_kept = jnp.arange(GROUP)[None, None] == largest
+    rows, scales = quantize_rows(jnp.where(is_kept, 0.0, groups))
+    rounded = rows.astype(jnp.float32) * scales[..., None]
+    return jnp.where(is_kept, groups, rounded).reshape(x.shape)
 
 
 def _multiply_integers(x: Float[Array, "T in"], matrix: QuantizedMatrix) -> Float[Array, "T out"]:

@@ -23,6 +23,7 @@ class Case:
         scales: f32 [out, groups].
         minimums: f32 [out, groups] beside uint8; else None.
         quantizes_inputs: whether x is rounded to int8.
+        keeps_largest: whether the largest of each group of x is not.
     """
 
     x: np.ndarray
@@ -30,6 +31,7 @@ class Case:
     scales: np.ndarray
     minimums: np.ndarray | None
     quantizes_inputs: bool
+    keeps_largest: bool = False
 
     def weight(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns f64 [out, in] that the matrix stands for, and how far f32 may lie from each."""
@@ -95,7 +97,14 @@ class Case:
         slack = np.zeros(product.shape)
         for g in range(num_groups):
             own = slice(g * group, (g + 1) * group)
-            rows, steps, ties = rounded_to_int8(self.x[:, own])
+            kept = np.zeros((len(self.x), group))
+            if self.keeps_largest:
+                each, place = np.arange(len(self.x)), np.abs(self.x[:, own]).argmax(axis=1)
+                kept[each, place] = self.x[:, own][each, place]
+            rows, steps, ties = rounded_to_int8(self.x[:, own] - kept.astype(np.float32))
+            scaled = numbers[:, own] * self.scales[:, g : g + 1].astype(np.float64)
+            product += kept @ scaled.T
+            slack += (num_groups + 6) * UNIT * np.abs(kept @ scaled.T)
             scale = steps * self.scales[:, g].astype(np.float64)
             product += rows @ numbers[:, own].T * scale
             slack += ties @ np.abs(numbers[:, own]).T * scale
@@ -103,7 +112,7 @@ class Case:
             slack += (num_groups + 6) * UNIT * np.abs(rows @ numbers[:, own].T) * scale
             if self.minimums is not None:
                 minimums = self.minimums[:, g].astype(np.float64)
-                sums = rows.sum(axis=1, keepdims=True) * steps
+                sums = rows.sum(axis=1, keepdims=True) * steps + kept.sum(axis=1, keepdims=True)
                 product += sums * minimums
                 slack += ties.sum(axis=1, keepdims=True) * steps * np.abs(minimums)
                 slack += (2 * num_groups + 6) * UNIT * np.abs(sums * minimums)

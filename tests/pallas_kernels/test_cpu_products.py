@@ -105,6 +105,7 @@ class Held:
             scales=self.scales[LAYER].astype(np.float32),
             minimums=None if self.minimums is None else self.minimums[LAYER].astype(np.float32),
             quantizes_inputs=True,
+            keeps_largest=True,
         )
         return case.product(np.dtype(ml_dtypes.bfloat16))
 
