@@ -35,18 +35,30 @@ struct Matrix {
   const void* minimums;  // of nibbles
 };
 
-// Rows of x as products take them: int8 with scales, or bfloat16. The largest of each group of 32
-// stays as it is, a float, and has the integer 0: one that stands out would leave the others but a
-// few of the 255 integers.
+// Rows of x that lie together, group by group, as the widest tile of a product takes them.
+constexpr int64_t kTileRows = 12;
+
+// 32 inputs of a row, which are scale * integer, but for the largest of them: it stays as it is, a
+// float, and has the integer 0. One that stands out would leave the others but a few of 255 integers.
+struct Group {
+  float scale;
+  float largest;
+  int32_t place;      // which one it is
+  float sum;          // of all, as they are held
+  int32_t whole_sum;  // of the integers
+};
+
+// Rows of x as products take them: int8 in groups, or bfloat16.
 struct Rounded {
   int64_t num_inputs;
-  int8_t* values;         // [T, inputs]
-  float* scales;          // [T, groups]
-  float* largest;         // [T, groups]: the input that stays
-  int32_t* places;        // [T, groups]: which of the group's it is
-  float* sums;            // [T, groups]: what the group's inputs, as they are held, come to
-  int32_t* whole_sums;    // [T, groups]: the sums of the integers
-  uint16_t* halves;       // [T, inputs], bfloat16
+  int8_t* values;    // [T / 12, groups, 12 rows, 32]
+  Group* groups;     // [T / 12, groups, 12 rows]
+  uint16_t* halves;  // [T, inputs], bfloat16
+
+  // Where a row's first group is among all; the next one is kTileRows further.
+  int64_t first_group(int64_t row) const {
+    return row / kTileRows * (num_inputs / kGroup) * kTileRows + row % kTileRows;
+  }
 };
 
 // How rows become what products take.

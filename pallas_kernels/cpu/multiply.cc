@@ -94,10 +94,10 @@ const float* take_norm(Arguments& args, int64_t layer, int64_t num_inputs) {
 // Rows of x that are multiplied before the next ones: they stay in the second-level cache while all
 // strips pass.
 int64_t rows_at_once(const Product& product) {
-  constexpr int64_t kBytes = 384 << 10, kTile = 12;
+  constexpr int64_t kBytes = 384 << 10;
   const bool is_bfloat16 = product.matrices[0].kind == Kind::kBfloat16;
   const int64_t row_bytes = product.x.num_inputs * (is_bfloat16 ? 2 : 1);
-  return std::max<int64_t>(kBytes / row_bytes / kTile, 1) * kTile;
+  return std::max<int64_t>(kBytes / row_bytes / kTileRows, 1) * kTileRows;
 }
 
 // Strips of a chunk: enough work, some microseconds, for taking it not to show.
@@ -115,16 +115,12 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
     product.x.halves =
         reinterpret_cast<uint16_t*>(call.reserve(static_cast<size_t>(num_rows * num_inputs * 2)));
   } else {
-    const int64_t groups_size = num_rows * num_groups * 4;
-    std::byte* at =
-        call.reserve(static_cast<size_t>(num_rows * num_inputs + 5 * groups_size));
+    const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+    const int64_t size = num_tiles * kTileRows * num_inputs;
+    const int64_t groups_size = num_tiles * kTileRows * num_groups * sizeof(Group);
+    std::byte* at = call.reserve(static_cast<size_t>(size + groups_size));
     product.x.values = reinterpret_cast<int8_t*>(at);
-    at += num_rows * num_inputs;
-    product.x.scales = reinterpret_cast<float*>(at);
-    product.x.largest = reinterpret_cast<float*>(at + groups_size);
-    product.x.places = reinterpret_cast<int32_t*>(at + 2 * groups_size);
-    product.x.sums = reinterpret_cast<float*>(at + 3 * groups_size);
-    product.x.whole_sums = reinterpret_cast<int32_t*>(at + 4 * groups_size);
+    product.x.groups = reinterpret_cast<Group*>(at + size);
   }
   // Few values are rounded sooner than handed out.
   const int64_t rows_a_chunk = std::max<int64_t>((16 << 10) / num_inputs, 1);

@@ -32,31 +32,33 @@ struct Spot {
   int32_t shift;
 };
 template <bool kIsNibbles>
-PALLASITE_INLINE Spot spot_of(int32_t input) {
-  if constexpr (kIsNibbles) return {(input & 12) << 4, (input & 3) * 8 + (input >> 4) * 4};
-  return {(input >> 2) << 6, (input & 3) * 8};
-}
+struct Spots {
+  Spot of[kGroup];
+  constexpr Spots() : of{} {
+    for (int32_t i = 0; i < kGroup; ++i) {
+      of[i] = kIsNibbles ? Spot{i % 16 / 4 * 64, i % 4 * 8 + i / 16 * 4} : Spot{i / 4 * 64, i % 4 * 8};
+    }
+  }
+};
+template <bool kIsNibbles>
+constexpr Spots<kIsNibbles> kSpots;
 
-// The products of `kRows` rows of x with one strip of integers.
+// The products of `kRows` rows of x, of one tile, with one strip of integers.
 template <int kRows, bool kIsNibbles, bool kHalfScales>
 PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, const Rounded& x,
                                         int64_t row, Floats (&sums)[kRows]) {
   constexpr int64_t kVectors = kIsNibbles ? 4 : 8;
   const int64_t num_groups = matrix.num_inputs / kGroup;
   const uint8_t* codes = matrix.values + strip * num_groups * kVectors * 64;
-  const int8_t* values = x.values + row * x.num_inputs;
-  const float* scales = x.scales + row * num_groups;
-  const float* largest = x.largest + row * num_groups;
-  const int32_t* places = x.places + row * num_groups;
-  const float* x_sums = x.sums + row * num_groups;
-  const int32_t* whole_sums = x.whole_sums + row * num_groups;
+  const Group* groups = x.groups + x.first_group(row);
+  const int8_t* values = x.values + x.first_group(row) * kGroup;
   for (int r = 0; r < kRows; ++r) sums[r] = zeros();
   for (int64_t group = 0; group < num_groups; ++group) {
-    const uint8_t* first = codes;
+    const uint8_t* words = codes;
     Ints dots[kRows];
     for (int r = 0; r < kRows; ++r) {
       const bool has_zero = !kIsNibbles && kByteZero != 0;
-      dots[r] = splat_int(has_zero ? -kByteZero * whole_sums[r * num_groups + group] : 0);
+      dots[r] = splat_int(has_zero ? -kByteZero * groups[r].whole_sum : 0);
     }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kVectors; ++j) {
@@ -67,38 +69,38 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
         const Bytes low = low_nibbles(packed), high = high_nibbles(packed);
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          dots[r] = dot_nibbles(dots[r], low, values + r * x.num_inputs + 4 * j);
+          dots[r] = dot_nibbles(dots[r], low, values + r * kGroup + 4 * j);
         }
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          dots[r] = dot_nibbles(dots[r], high, values + r * x.num_inputs + 16 + 4 * j);
+          dots[r] = dot_nibbles(dots[r], high, values + r * kGroup + 16 + 4 * j);
         }
       } else {
 #pragma GCC unroll 16
         for (int r = 0; r < kRows; ++r) {
-          dots[r] = dot_bytes(dots[r], packed, values + r * x.num_inputs + 4 * j);
+          dots[r] = dot_bytes(dots[r], packed, values + r * kGroup + 4 * j);
         }
       }
     }
-    values += kGroup;
     const Floats own = load_scales<kHalfScales>(matrix.scales, strip * num_groups + group);
 #pragma GCC unroll 16
     for (int r = 0; r < kRows; ++r) {
-      const int64_t at = r * num_groups + group;
-      const Spot spot = spot_of<kIsNibbles>(places[at]);
-      Ints kept = part_of_words(first + spot.offset, spot.shift, kIsNibbles ? 15 : 255);
+      const Spot& spot = kSpots<kIsNibbles>.of[groups[r].place];
+      Ints kept = part_of_words(words + spot.offset, spot.shift, kIsNibbles ? 15 : 255);
       if constexpr (!kIsNibbles) kept = add_ints(kept, splat_int(-128));
-      const Floats others = mul(to_floats(dots[r]), splat(scales[at]));
-      sums[r] = fma(fma(to_floats(kept), splat(largest[at]), others), own, sums[r]);
+      const Floats others = mul(to_floats(dots[r]), splat(groups[r].scale));
+      sums[r] = fma(fma(to_floats(kept), splat(groups[r].largest), others), own, sums[r]);
     }
     if constexpr (kIsNibbles) {
       const Floats minimums =
           load_scales<kHalfScales>(matrix.minimums, strip * num_groups + group);
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r) {
-        sums[r] = fma(minimums, splat(x_sums[r * num_groups + group]), sums[r]);
+        sums[r] = fma(minimums, splat(groups[r].sum), sums[r]);
       }
     }
+    values += kTileRows * kGroup;
+    groups += kTileRows;
   }
 }
 
@@ -199,24 +201,21 @@ void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, int64
 // largest of each group. `value` gives sixteen of the row's floats.
 template <typename Value>
 PALLASITE_INLINE void quantize_row(const Value& value, const Rounded& to, int64_t row) {
-  const int64_t num_groups = to.num_inputs / kGroup;
-  for (int64_t group = 0; group < num_groups; ++group) {
+  const int64_t at = to.first_group(row);
+  for (int64_t group = 0; group < to.num_inputs / kGroup; ++group) {
     Floats first = value(group * kGroup), second = value(group * kGroup + kLanes);
-    const int64_t at = row * num_groups + group;
     const int32_t place = largest_lane(abs(first), abs(second));
-    to.places[at] = place;
-    to.largest[at] = take_lane(first, second, place);
+    const float kept = take_lane(first, second, place);
     const float scale = largest(max(abs(first), abs(second))) * (1.0f / 127);
     const bool is_zero = scale < 1.17549435e-38f;
     const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scale);
     const Ints low = to_ints(mul(first, inverse)), high = to_ints(mul(second, inverse));
-    int8_t* values = to.values + row * to.num_inputs + group * kGroup;
+    int8_t* values = to.values + (at + group * kTileRows) * kGroup;
     store_int8(values, low);
     store_int8(values + kLanes, high);
     const int32_t sum = total(add_ints(low, high));
-    to.scales[at] = is_zero ? 0.0f : scale;
-    to.sums[at] = (is_zero ? 0.0f : scale * static_cast<float>(sum)) + to.largest[at];
-    to.whole_sums[at] = sum;
+    const float others = is_zero ? 0.0f : scale * static_cast<float>(sum);
+    to.groups[at + group * kTileRows] = {is_zero ? 0.0f : scale, kept, place, kept + others, sum};
   }
 }
 

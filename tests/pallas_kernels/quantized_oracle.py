@@ -112,8 +112,9 @@ class Case:
             slack += (num_groups + 6) * UNIT * np.abs(rows @ numbers[:, own].T) * scale
             if self.minimums is not None:
                 minimums = self.minimums[:, g].astype(np.float64)
-                sums = rows.sum(axis=1, keepdims=True) * steps + kept.sum(axis=1, keepdims=True)
-                product += sums * minimums
+                parts = rows.sum(axis=1, keepdims=True) * steps, kept.sum(axis=1, keepdims=True)
+                product += (parts[0] + parts[1]) * minimums
+                sums = np.abs(parts[0]) + np.abs(parts[1])
                 slack += ties.sum(axis=1, keepdims=True) * steps * np.abs(minimums)
                 slack += (2 * num_groups + 6) * UNIT * np.abs(sums * minimums)
         return product, slack
