@@ -14,7 +14,7 @@ namespace pallasite {
 namespace {
 
 // Rows of queries, a token's heads each, that a thread attends at once.
-constexpr int64_t kTileRows = 96;
+constexpr int64_t kPromptRows = 96;
 // The fewest keys that are worth a thread of their own.
 constexpr int64_t kPartKeys = 64;
 
@@ -108,7 +108,7 @@ void plan_query(const Attention& a, int64_t request, int64_t wanted_parts, Plan&
 void plan_prompt(const Attention& a, int64_t request, Plan& plan) {
   const int64_t begin = a.query_starts[request], end = a.query_starts[request + 1];
   const int64_t group = a.num_heads / a.cache.num_kv_heads;
-  const int64_t tile = std::max<int64_t>(kTileRows / group, 1);
+  const int64_t tile = std::max<int64_t>(kPromptRows / group, 1);
   for (int64_t token = begin; token < end; token += tile) {
     const int64_t count = std::min(tile, end - token);
     plan.most_rows = std::max(plan.most_rows, count * group);
