@@ -5,31 +5,39 @@
 // Queries and weights are rounded to bfloat16 where the cache is, or is int8, whose values bfloat16
 // holds; scores, sums and an int8 cache's scales are f32. A cache of f32 has f32 products.
 
-// Keys of a block: its scores and packed rows stay in the second-level cache.
-constexpr int64_t kBlockKeys = 128;
+// Keys of a block, at most: for a tile of queries what is packed of them stays in the second-level
+// cache, for one query's heads in the first.
+constexpr int64_t kBlockKeys = 128, kQueryBlockKeys = 64;
+
+PALLASITE_INLINE int64_t block_keys(const Task& task) {
+  return task.num_tokens == 1 ? kQueryBlockKeys : kBlockKeys;
+}
 
 // One request's queries of one key head, with room for what a block of keys needs.
 struct Block {
   int64_t num_rows;      // queries times heads
+  int64_t most_keys;
   int64_t head_width;
   std::byte* queries;    // [rows, H], bfloat16 or f32
   float* largest;        // [rows]
   float* sums;           // [rows]
   float* mixed;          // [rows, H]
   // All key heads of a task use these in turn.
-  std::byte* keys;       // strips of the block's keys: [8, H / 2, 16, 2] bfloat16 or [8, H, 16] f32
-  std::byte* values;     // [H / 16, 64, 16, 2] bfloat16 or [128, H] f32
+  std::byte* keys;       // strips of the keys: [keys / 16, H / 2, 16, 2] bfloat16 or [keys / 16, H, 16] f32
+  std::byte* values;     // [H / 16, keys / 2, 16, 2] bfloat16 or [keys, H] f32
   std::byte* rows;       // [16, H]: a page's part, as bfloat16
-  float* scores;         // [rows, 128]
-  std::byte* weights;    // [rows, 128], bfloat16 or f32
-  float* key_scales;     // [128]
-  float* value_scales;   // [128]
+  float* scores;         // [rows, keys]
+  std::byte* weights;    // [rows, keys], bfloat16 or f32
+  float* key_scales;     // [keys]
+  float* value_scales;   // [keys]
   float* factors;        // [rows]: what a block makes of the sums before it
   std::byte* end;
 
-  static Block make(const Attention& a, int64_t num_rows, int64_t num_kv_heads, std::byte* at) {
+  static Block make(const Attention& a, int64_t num_rows, int64_t num_kv_heads, int64_t most_keys,
+                    std::byte* at) {
     Block block{};
     block.num_rows = num_rows;
+    block.most_keys = most_keys;
     block.head_width = a.cache.head_width;
     const int64_t all_rows = num_rows * num_kv_heads, width = block.head_width;
     const auto take = [&at](int64_t size) {
@@ -44,13 +52,13 @@ struct Block {
     block.largest = take_floats(all_rows);
     block.sums = take_floats(all_rows);
     block.mixed = take_floats(all_rows * width);
-    block.keys = take(kBlockKeys * width * 4);
-    block.values = take(kBlockKeys * width * 4);
+    block.keys = take(most_keys * width * 4);
+    block.values = take(most_keys * width * 4);
     block.rows = take(kLanes * width * 2);
-    block.scores = take_floats(num_rows * kBlockKeys);
-    block.weights = take(num_rows * kBlockKeys * 4);
-    block.key_scales = take_floats(kBlockKeys);
-    block.value_scales = take_floats(kBlockKeys);
+    block.scores = take_floats(num_rows * most_keys);
+    block.weights = take(num_rows * most_keys * 4);
+    block.key_scales = take_floats(most_keys);
+    block.value_scales = take_floats(most_keys);
     block.factors = take_floats(num_rows);
     block.end = at;
     return block;
@@ -69,7 +77,7 @@ struct Block {
 
 size_t attend_scratch(const Attention& a, int64_t num_rows, int64_t num_kv_heads) {
   std::byte* const none = nullptr;
-  return static_cast<size_t>(Block::make(a, num_rows, num_kv_heads, none).end - none);
+  return static_cast<size_t>(Block::make(a, num_rows, num_kv_heads, kBlockKeys, none).end - none);
 }
 
 // A tile of kRows rows by kStrips strips: sums[r][s] = rows of x times strips of pairs of bfloat16.
@@ -160,7 +168,7 @@ struct ScoreTile {
       multiply_pairs<kRows, kStrips>(keys, width * 32, width / 2, queries, width, sums);
     }
     for (int r = 0; r < kRows; ++r) {
-      float* scores = block.scores + (row + r) * kBlockKeys + strip * kLanes;
+      float* scores = block.scores + (row + r) * block.most_keys + strip * kLanes;
       for (int s = 0; s < kStrips; ++s) store(scores + s * kLanes, sums[r][s]);
     }
   }
@@ -177,13 +185,13 @@ struct ValueTile {
     Floats sums[kRows][kStrips];
     if (is_wide) {
       const float* values = reinterpret_cast<const float*>(block.values) + strip * kLanes;
-      const float* weights = reinterpret_cast<const float*>(block.weights) + row * kBlockKeys;
-      multiply_floats<kRows, kStrips>(values, kLanes, width, num_keys, weights, kBlockKeys, sums);
+      const float* weights = reinterpret_cast<const float*>(block.weights) + row * block.most_keys;
+      multiply_floats<kRows, kStrips>(values, kLanes, width, num_keys, weights, block.most_keys, sums);
     } else {
       const uint8_t* values =
-          reinterpret_cast<const uint8_t*>(block.values) + strip * kBlockKeys * 32;
-      const uint16_t* weights = reinterpret_cast<const uint16_t*>(block.weights) + row * kBlockKeys;
-      multiply_pairs<kRows, kStrips>(values, kBlockKeys * 32, num_keys / 2, weights, kBlockKeys,
+          reinterpret_cast<const uint8_t*>(block.values) + strip * block.most_keys * 32;
+      const uint16_t* weights = reinterpret_cast<const uint16_t*>(block.weights) + row * block.most_keys;
+      multiply_pairs<kRows, kStrips>(values, block.most_keys * 32, num_keys / 2, weights, block.most_keys,
                                      sums);
     }
     for (int r = 0; r < kRows; ++r) {
@@ -228,8 +236,8 @@ struct Ahead {
 
   static Ahead of(const Attention& a, const Task* task, int64_t position) {
     if (task == nullptr) return {a, nullptr, 0, 0};
-    const int64_t count = task->key_end - position < kBlockKeys ? task->key_end - position
-                                                                : kBlockKeys;
+    const int64_t most = block_keys(*task), rest = task->key_end - position;
+    const int64_t count = rest < most ? rest : most;
     return {a, task, position, (count + kLanes - 1) / kLanes * task->num_kv_heads};
   }
 
@@ -302,7 +310,7 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
     for (int64_t channel = 0; channel < width; channel += kLanes) {
       const int64_t pair = strip * kLanes / 2 + row / 2;
       interleave_halves(halves + row * width + channel, halves + (row + 1) * width + channel,
-                        channels + (channel / kLanes * kBlockKeys / 2 + pair) * 32);
+                        channels + (channel / kLanes * block.most_keys / 2 + pair) * 32);
     }
   }
   if (keys.scales != nullptr) {
@@ -316,7 +324,7 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
 // Turns a row of scores into weights; the keys [first, last) of the block are seen.
 PALLASITE_INLINE void weigh(const Attention& a, const Block& block, int64_t row, int64_t num_keys,
                             int64_t first, int64_t last) {
-  float* scores = block.scores + row * kBlockKeys;
+  float* scores = block.scores + row * block.most_keys;
   const bool is_scaled = a.cache.type == CacheType::kInt8;
   const float nothing = -__builtin_inff();
   Floats most = splat(nothing);
@@ -348,9 +356,9 @@ PALLASITE_INLINE void weigh(const Attention& a, const Block& block, int64_t row,
     sum = add(sum, weights);
     if (is_scaled) weights = mul(weights, load(block.value_scales + key));
     if (a.cache.type == CacheType::kFloat32) {
-      store(reinterpret_cast<float*>(block.weights) + row * kBlockKeys + key, weights);
+      store(reinterpret_cast<float*>(block.weights) + row * block.most_keys + key, weights);
     } else {
-      store_bfloat16(reinterpret_cast<uint16_t*>(block.weights) + row * kBlockKeys + key, weights);
+      store_bfloat16(reinterpret_cast<uint16_t*>(block.weights) + row * block.most_keys + key, weights);
     }
   }
   const float factor = before == nothing ? 0.0f : __builtin_expf(before - now);
@@ -401,13 +409,14 @@ PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t
                                    const Block& block, int64_t begin, Ahead& ahead) {
   const int64_t group = a.num_heads / a.cache.num_kv_heads;
   const bool is_wide = a.cache.type == CacheType::kFloat32;
-  const int64_t seen = task.key_end - begin < kBlockKeys ? task.key_end - begin : kBlockKeys;
+  const int64_t rest = task.key_end - begin;
+  const int64_t seen = rest < block.most_keys ? rest : block.most_keys;
   const int64_t num_strips = (seen + kLanes - 1) / kLanes;
   for (int64_t strip = 0; strip < num_strips; ++strip) {
-    const int64_t rest = seen - strip * kLanes;
+    const int64_t count = seen - strip * kLanes;
     ahead.fetch();
     pack_rows(a, task.request, kv_head, block, strip, begin + strip * kLanes,
-              rest < kLanes ? rest : kLanes);
+              count < kLanes ? count : kLanes);
   }
   for_tiles(block.num_rows, num_strips, ScoreTile{block, is_wide});
   for (int64_t row = 0; row < block.num_rows; ++row) {
@@ -444,12 +453,13 @@ PALLASITE_INLINE void finish(const Attention& a, const Task& task, int64_t index
 
 void attend(const Attention& a, const Task& task, const Task* next, std::byte* scratch) {
   const int64_t num_rows = task.num_tokens * (a.num_heads / a.cache.num_kv_heads);
-  const Block block = Block::make(a, num_rows, task.num_kv_heads, scratch);
+  const int64_t most_keys = block_keys(task);
+  const Block block = Block::make(a, num_rows, task.num_kv_heads, most_keys, scratch);
   for (int64_t i = 0; i < task.num_kv_heads; ++i) {
     start(a, task, task.first_kv_head + i, block.of_head(i));
   }
-  for (int64_t begin = task.key_begin; begin < task.key_end; begin += kBlockKeys) {
-    const int64_t then = begin + kBlockKeys;
+  for (int64_t begin = task.key_begin; begin < task.key_end; begin += most_keys) {
+    const int64_t then = begin + most_keys;
     Ahead ahead = then < task.key_end ? Ahead::of(a, &task, then)
                                       : Ahead::of(a, next, next == nullptr ? 0 : next->key_begin);
     for (int64_t i = 0; i < task.num_kv_heads; ++i) {

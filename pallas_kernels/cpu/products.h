@@ -197,26 +197,52 @@ void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, int64
   }
 }
 
-// Rounds a row to int8, a group of 32 with a scale each, as `quantize_rows` defines it, but for the
-// largest of each group. `value` gives sixteen of the row's floats.
+// Rounds some groups of a row to int8, each with a scale, as `quantize_rows` defines it, but for the
+// largest of each. `value` gives sixteen of the row's floats.
 template <typename Value>
-PALLASITE_INLINE void quantize_row(const Value& value, const Rounded& to, int64_t row) {
-  const int64_t at = to.first_group(row);
-  for (int64_t group = 0; group < to.num_inputs / kGroup; ++group) {
-    Floats first = value(group * kGroup), second = value(group * kGroup + kLanes);
-    const int32_t place = largest_lane(abs(first), abs(second));
-    const float kept = take_lane(first, second, place);
-    const float scale = largest(max(abs(first), abs(second))) * (1.0f / 127);
-    const bool is_zero = scale < 1.17549435e-38f;
-    const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scale);
-    const Ints low = to_ints(mul(first, inverse)), high = to_ints(mul(second, inverse));
-    int8_t* values = to.values + (at + group * kTileRows) * kGroup;
+PALLASITE_INLINE void quantize_groups(const Value& value, const Rounded& to, int64_t at,
+                                      int64_t begin, int64_t count) {
+  Floats first[4], second[4], most[4];
+  for (int64_t i = 0; i < 4; ++i) {
+    first[i] = i < count ? value((begin + i) * kGroup) : zeros();
+    second[i] = i < count ? value((begin + i) * kGroup + kLanes) : zeros();
+    most[i] = max(abs(first[i]), abs(second[i]));
+  }
+  float largest[4], scales[4], kept[4];
+  int32_t places[4], sums[4];
+  largest_of_four(most, largest);
+  for (int64_t i = 0; i < 4; ++i) {
+    places[i] = lane_of(first[i], second[i], largest[i]);
+    kept[i] = take_lane(first[i], second[i], places[i]);
+    most[i] = max(abs(first[i]), abs(second[i]));
+  }
+  largest_of_four(most, scales);
+  Ints integers[4];
+  for (int64_t i = 0; i < count; ++i) {
+    scales[i] *= 1.0f / 127;
+    const bool is_zero = scales[i] < 1.17549435e-38f;
+    const Floats inverse = splat(is_zero ? 0.0f : 1.0f / scales[i]);
+    if (is_zero) scales[i] = 0.0f;
+    const Ints low = to_ints(mul(first[i], inverse)), high = to_ints(mul(second[i], inverse));
+    int8_t* values = to.values + (at + (begin + i) * kTileRows) * kGroup;
     store_int8(values, low);
     store_int8(values + kLanes, high);
-    const int32_t sum = total(add_ints(low, high));
-    const float others = is_zero ? 0.0f : scale * static_cast<float>(sum);
-    to.groups[at + group * kTileRows] = {is_zero ? 0.0f : scale, kept, place, kept + others, sum};
+    integers[i] = add_ints(low, high);
   }
+  for (int64_t i = count; i < 4; ++i) integers[i] = splat_int(0);
+  totals_of_four(integers, sums);
+  for (int64_t i = 0; i < count; ++i) {
+    const float sum = kept[i] + scales[i] * static_cast<float>(sums[i]);
+    to.groups[at + (begin + i) * kTileRows] = {scales[i], kept[i], places[i], sum, sums[i]};
+  }
+}
+
+template <typename Value>
+PALLASITE_INLINE void quantize_row(const Value& value, const Rounded& to, int64_t row) {
+  const int64_t num_groups = to.num_inputs / kGroup, at = to.first_group(row);
+  int64_t group = 0;
+  for (; group + 4 <= num_groups; group += 4) quantize_groups(value, to, at, group, 4);
+  if (group < num_groups) quantize_groups(value, to, at, group, num_groups - group);
 }
 
 template <typename Value>

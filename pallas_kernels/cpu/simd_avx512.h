@@ -56,22 +56,42 @@ PALLASITE_INLINE void store_int8(int8_t* out, Ints x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_cvtepi32_epi8(x));
 }
 PALLASITE_INLINE int32_t total(Ints x) { return _mm512_reduce_add_epi32(x); }
-// The index of the first of 32 floats, none below zero, that is as large as any.
-PALLASITE_INLINE int32_t largest_lane(Floats a, Floats b) {
-  const __m512 most = splat(largest(max(a, b)));
-  const uint32_t low = _mm512_cmp_ps_mask(a, most, _CMP_EQ_OQ);
-  const uint32_t high = _mm512_cmp_ps_mask(b, most, _CMP_EQ_OQ);
-  // The last bit stands in where a NaN equals none.
+// The largest lane of each of four, and the sum of each: together they cost half as much.
+PALLASITE_INLINE void largest_of_four(const Floats (&x)[4], float* out) {
+  const __m512 a = max(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 b = max(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  const __m512 four = max(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                          _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
+  const __m512i a =
+      add_ints(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
+  const __m512i b =
+      add_ints(_mm512_unpacklo_epi32(x[2], x[3]), _mm512_unpackhi_epi32(x[2], x[3]));
+  const __m512i four = add_ints(_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b));
+  const __m256i half =
+      _mm256_add_epi32(_mm512_castsi512_si256(four), _mm512_extracti64x4_epi64(four, 1));
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(out),
+      _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
+// The index of the first of 32 floats whose magnitude is this; the last one where none is, as among
+// NaNs.
+PALLASITE_INLINE int32_t lane_of(Floats a, Floats b, float magnitude) {
+  const uint32_t low = _mm512_cmp_ps_mask(abs(a), splat(magnitude), _CMP_EQ_OQ);
+  const uint32_t high = _mm512_cmp_ps_mask(abs(b), splat(magnitude), _CMP_EQ_OQ);
   return __builtin_ctz(low | high << 16 | 1u << 31);
 }
 // Returns one of 32 floats, and leaves zero there.
 PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
-  const uint32_t bit = 1u << index;
-  const __mmask16 low = static_cast<__mmask16>(bit), high = static_cast<__mmask16>(bit >> 16);
-  const __m512 kept = _mm512_or_ps(_mm512_maskz_mov_ps(low, a), _mm512_maskz_mov_ps(high, b));
-  a = _mm512_mask_mov_ps(a, low, zeros());
-  b = _mm512_mask_mov_ps(b, high, zeros());
-  return _mm512_reduce_add_ps(kept);
+  const float taken = _mm512_cvtss_f32(_mm512_permutex2var_ps(a, splat_int(index), b));
+  const uint32_t others = ~(1u << index);
+  a = _mm512_maskz_mov_ps(static_cast<__mmask16>(others), a);
+  b = _mm512_maskz_mov_ps(static_cast<__mmask16>(others >> 16), b);
+  return taken;
 }
 // Each word of 64 bytes, shifted down and masked.
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {

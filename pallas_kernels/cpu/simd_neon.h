@@ -118,26 +118,29 @@ PALLASITE_INLINE void store_int8(int8_t* out, Ints x) {
 PALLASITE_INLINE int32_t total(Ints x) {
   return vaddvq_s32(vaddq_s32(vaddq_s32(x.part[0], x.part[1]), vaddq_s32(x.part[2], x.part[3])));
 }
-// The index of the first of 32 floats, none below zero, that is as large as any.
-PALLASITE_INLINE int32_t largest_lane(Floats a, Floats b) {
+PALLASITE_INLINE void largest_of_four(const Floats (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
+}
+PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
+  for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
+}
+PALLASITE_INLINE int32_t lane_of(Floats a, Floats b, float magnitude) {
   float lanes[32];
-  store(lanes, a);
-  store(lanes + 16, b);
-  const float most = largest(max(a, b));
+  store(lanes, abs(a));
+  store(lanes + 16, abs(b));
   int32_t index = 0;
-  while (index < 31 && lanes[index] != most) ++index;
+  while (index < 31 && lanes[index] != magnitude) ++index;
   return index;
 }
-// Returns one of 32 floats, and leaves zero there.
 PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
   float lanes[32];
   store(lanes, a);
   store(lanes + 16, b);
-  const float kept = lanes[index];
+  const float taken = lanes[index];
   lanes[index] = 0.0f;
   a = load(lanes);
   b = load(lanes + 16);
-  return kept;
+  return taken;
 }
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
   return by_quarters<Ints>([&](int i) {
