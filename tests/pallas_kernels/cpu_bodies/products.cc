@@ -127,6 +127,8 @@ struct RoundedRow {
   std::vector<double> values;  // without their scales
   std::vector<double> doubts;
   std::vector<double> scales;  // of groups; 1 for bfloat16
+  std::vector<size_t> places;  // of the largest of each group of integers, which is not rounded
+  std::vector<double> largest;
 };
 
 struct Case {
@@ -225,7 +227,7 @@ struct Case {
   RoundedRow round(int64_t row) const {
     const auto size = static_cast<size_t>(num_inputs);
     RoundedRow made{std::vector<double>(size), std::vector<double>(size),
-                    std::vector<double>(size / kGroup, 1.0)};
+                    std::vector<double>(size / kGroup, 1.0), {}, {}};
     const float* own = x.data() + row * num_inputs;
     std::vector<double> normed(own, own + num_inputs);
     if (has_norm) {
@@ -236,6 +238,15 @@ struct Case {
       for (size_t i = 0; i < size; ++i) normed[i] *= factor * scale[i];
     }
     for (size_t group = 0; group < size / kGroup; ++group) {
+      if (kind != Kind::kBfloat16) {
+        size_t place = group * kGroup;
+        for (size_t i = place; i < (group + 1) * kGroup; ++i) {
+          if (std::abs(normed[i]) > std::abs(normed[place])) place = i;
+        }
+        made.places.push_back(place);
+        made.largest.push_back(normed[place]);
+        normed[place] = 0;
+      }
       double most = 0;
       for (size_t i = group * kGroup; i < (group + 1) * kGroup; ++i) {
         most = std::max(most, std::abs(normed[i]));
@@ -276,16 +287,19 @@ struct Case {
         slack += doubt;
         continue;
       }
-      const double own = row.scales[static_cast<size_t>(group)];
-      const double scale = own * matrix.scale(layer[0], output, group, false);
-      sum += scale * dot;
-      size += std::abs(scale * dot);
-      slack += std::abs(scale) * doubt;
+      const auto index = static_cast<size_t>(group);
+      const double own = row.scales[index], kept = row.largest[index];
+      const double scale = matrix.scale(layer[0], output, group, false);
+      const double weight =
+          matrix.weight(layer[0], output, static_cast<int64_t>(row.places[index]));
+      sum += scale * (own * dot + kept * weight);
+      size += std::abs(scale) * (std::abs(own * dot) + std::abs(kept * weight));
+      slack += std::abs(scale * own) * doubt;
       if (kind == Kind::kNibbles) {
-        const double minimum = own * matrix.scale(layer[0], output, group, true);
-        sum += minimum * total;
-        size += std::abs(minimum * total);
-        slack += std::abs(minimum) * total_doubt;
+        const double minimum = matrix.scale(layer[0], output, group, true);
+        sum += minimum * (own * total + kept);
+        size += std::abs(minimum) * (std::abs(own * total) + std::abs(kept));
+        slack += std::abs(minimum * own) * total_doubt;
       }
     }
     // Every addition is of f32; a norm's own sum shows in all of a row. Some instructions take
