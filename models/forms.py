@@ -30,7 +30,7 @@ class Form:
             scales.
         group: how many of a row's neighbours share one scale; None for the whole row.
         quantizes_inputs: whether what it is multiplied with is rounded to int8 too, with a scale a
-            token, or one a token and group.
+            token, or one a token and group. The CPU's bodies leave the largest of 32 as it is.
         has_half_scales: whether scales, and minimums, are numbers of float16, as a GGUF's are.
     """
 
@@ -54,7 +54,7 @@ GGUF_FORMS = {
     "q4_1": Form(kind="int4", group=32, quantizes_inputs=True, has_half_scales=True),
     "q8_0": Form(kind="int8", group=32, quantizes_inputs=True, has_half_scales=True),
 }
-"""GGUF's own, by its names; their products' inputs are rounded as llama.cpp rounds them."""
+"""GGUF's own, by its names."""
 
 
 def parse_form(text: str) -> Form:
