@@ -15,6 +15,8 @@ from jax import Array, lax
 from jaxtyping import Bool, Float32, Int32, UInt32
 
 from pallasite.engine.sampler_state import SamplerState
+from pallasite.pallas_kernels.peaks import find_peaks
+from pallasite.pallas_kernels.target import CPU, Target
 
 NUM_TOP = 20
 """How many of the likeliest tokens are reported beside a token's log-probability."""
@@ -96,6 +98,7 @@ def sample(
     rows: SamplingRows,
     state: SamplerState,
     is_live: Bool[Array, "B"],
+    target: Target = CPU,
 ) -> tuple[SamplerState, Sampled]:
     """Samples one token a row: bias, bans, penalties, temperature, min_p, top_k, top_p, draw.
 
@@ -119,28 +122,25 @@ def sample(
             x = _if_any(is_biased, lambda x: _add_bias(x, rows, state), logits)
             x = _if_any(has_bans, lambda x: _ban(x, rows), x)
             x = _if_any(is_penalized, lambda x: _penalize(x, rows, state), x)
-            best = jnp.max(x, axis=1)
-            chosen = lax.cond(
-                jnp.any(is_drawn),
-                lambda: _draw(x, best, rows, is_drawn),
-                lambda: _first_equal(x, best),
-            )
-            return chosen, best
+            processed = find_peaks(x, target)
 
-        def choose_greedily() -> tuple[Array, Array]:
-            best = jnp.max(logits, axis=1)
-            return _first_equal(logits, best), best
+            def draw() -> Array:
+                race = _race(x, processed.largest, rows, is_drawn)
+                return find_peaks(race, target).index
 
+            chosen = lax.cond(jnp.any(is_drawn), draw, lambda: processed.index)
+            return chosen, processed.largest
+
+        raw = find_peaks(logits, target)
         # One branch around all stages, whose results are small: an untouched array that leaves a
         # branch would be copied, and a greedy batch would pay for that.
         token_ids, best = lax.cond(
             jnp.any(is_biased | has_bans | is_penalized | is_drawn),
             process_and_choose,
-            choose_greedily,
+            lambda: (raw.index, raw.largest),
         )
-        # NaN compares false. `best` cannot tell: max drops NaN on some backends, and a ban may have
-        # hidden one. A penalty may overflow finite logits to +inf.
-        is_finite = jnp.all(logits < jnp.inf, axis=1) & (best < jnp.inf)
+        # Of the raw logits, since a ban may hide a NaN. A penalty may overflow them to +inf.
+        is_finite = raw.is_finite & (best < jnp.inf)
         status = jnp.where(is_finite, jnp.where(best > -jnp.inf, OK, NONE_ALLOWED), NOT_FINITE)
         status = jnp.where(is_live, status, OK).astype(jnp.int32)
         token_ids = jnp.where(status == OK, token_ids, 0)
@@ -256,23 +256,15 @@ def _slot_rows(per_slot: Array, rows: SamplingRows) -> Array:
     return per_slot.at[rows.slot].get(mode="clip")
 
 
-def _first_equal(x: Array, value: Array) -> Array:
-    """Returns the first index of `value` in each row: several times faster than argmax on a CPU."""
-    vocab_size = x.shape[1]
-    token_ids = jnp.arange(vocab_size, dtype=jnp.int32)[None, :]
-    return jnp.min(jnp.where(x == value[:, None], token_ids, vocab_size), axis=1)
-
-
-def _draw(x: Array, best: Array, rows: SamplingRows, is_drawn: Array) -> Array:
-    """Returns a draw where is_drawn, and the first of the likeliest tokens elsewhere.
+def _race(x: Array, best: Array, rows: SamplingRows, is_drawn: Array) -> Array:
+    """Returns values whose largest is at a draw where is_drawn, and the logits elsewhere.
 
     Gumbel-max as an exponential race (Efraimidis and Spirakis 2006): the token with the largest
     weight / e wins, e being independent exponential noise; its logarithm is logit + Gumbel noise,
     and it needs one logarithm fewer.
     """
     weights = kept_weights(x, best, rows, is_drawn)
-    race = jnp.where(is_drawn[:, None], weights / _exponential_noise(rows, x.shape[1]), x)
-    return _first_equal(race, jnp.max(race, axis=1))
+    return jnp.where(is_drawn[:, None], weights / _exponential_noise(rows, x.shape[1]), x)
 
 
 _Search = tuple[Array, Array, Array, Array]

@@ -13,8 +13,13 @@ import jax
 
 MULTIPLY = "pallasite_multiply"
 ATTEND = "pallasite_attend"
+FIND_PEAKS = "pallasite_find_peaks"
 
-_SYMBOLS = {MULTIPLY: "PallasiteMultiply", ATTEND: "PallasiteAttend"}
+_SYMBOLS = {
+    MULTIPLY: "PallasiteMultiply",
+    ATTEND: "PallasiteAttend",
+    FIND_PEAKS: "PallasiteFindPeaks",
+}
 
 
 INSTRUCTIONS = ("avx512-vnni", "avx512", "avx2", "neon")

@@ -136,6 +136,15 @@ struct Task {
   float* part;          // [kv heads * tokens * N / K, 2 + H]
 };
 
+// The largest of some values, NaNs left out where the processor does so, and where it stands first;
+// whether all are below infinity, which NaN is not. `largest` and `index` mean nothing beside a NaN,
+// but `index` is one of theirs.
+struct Peak {
+  float largest;
+  int32_t index;
+  bool is_finite;
+};
+
 struct Bodies {
   // Rounds rows [begin, end).
   void (*round_rows)(const Rounding&, const Rounded&, int64_t begin, int64_t end);
@@ -151,6 +160,8 @@ struct Bodies {
   void (*attend)(const Attention&, const Task&, const Task* next, std::byte* scratch);
   // Makes the outputs of a token of the parts that tasks of all its key heads have left.
   void (*merge)(const Attention&, int64_t token, const float* parts, int64_t num_parts);
+  // Looks through `size` values, of which there is one at least.
+  Peak (*find_peak)(const float* values, int64_t size);
 };
 
 }  // namespace pallasite

@@ -41,10 +41,12 @@ struct Size {
 #include "elementary.h"
 #include "products.h"
 #include "attention.h"
+#include "peaks.h"
 }  // namespace
 
 extern const Bodies kBodies;
-const Bodies kBodies = {round_rows, multiply, write_rows, attend_scratch, attend, merge};
+const Bodies kBodies = {round_rows, multiply, write_rows, attend_scratch,
+                        attend,     merge,    find_peak};
 
 }  // namespace PALLASITE_NAMESPACE
 }  // namespace pallasite
