@@ -126,9 +126,9 @@ def sample(
 
             def draw() -> Array:
                 race = _race(x, processed.largest, rows, is_drawn)
-                return find_peaks(race, target).index
+                return find_peaks(race, target).first
 
-            chosen = lax.cond(jnp.any(is_drawn), draw, lambda: processed.index)
+            chosen = lax.cond(jnp.any(is_drawn), draw, lambda: processed.first)
             return chosen, processed.largest
 
         raw = find_peaks(logits, target)
@@ -137,7 +137,7 @@ def sample(
         token_ids, best = lax.cond(
             jnp.any(is_biased | has_bans | is_penalized | is_drawn),
             process_and_choose,
-            lambda: (raw.index, raw.largest),
+            lambda: (raw.first, raw.largest),
         )
         # Of the raw logits, since a ban may hide a NaN. A penalty may overflow them to +inf.
         is_finite = raw.is_finite & (best < jnp.inf)

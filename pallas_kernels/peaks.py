@@ -18,13 +18,13 @@ class Peaks(NamedTuple):
 
     Attributes:
         largest: of each row. +inf counts; where there is a NaN, this is any number.
-        index: where it stands first, 0 in a row of -inf alone; of no meaning where there is a NaN,
+        first: where it stands first, 0 in a row of -inf alone; of no meaning where there is a NaN,
             and then possibly V.
         is_finite: whether all values are below +inf: NaN is not, -inf is.
     """
 
     largest: Float32[Array, "B"]
-    index: Int32[Array, "B"]
+    first: Int32[Array, "B"]
     is_finite: Bool[Array, "B"]
 
 

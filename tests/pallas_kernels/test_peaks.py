@@ -22,6 +22,7 @@ SHAPES = [(B, V) for B in (1, 3, 32) for V in (1, 15, 16, 17, 64, 511, 513, 1000
 ]
 INFINITY = np.float32(np.inf)
 jitted_find_peaks = jax.jit(find_peaks, static_argnums=1)
+jitted_sample = jax.jit(sample, static_argnums=4)
 
 each_target = pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.instructions)
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -106,10 +107,11 @@ def test_bodies_sample_what_xla_does(num_rows, rng):
         if kind == "banned":
             rows.bans[:, 0, 1] = jnp.argmax(logits, axis=1)
         state, is_live = init_state(num_rows, V), jnp.ones((num_rows,), jnp.bool_)
-        expected = jax.device_get(sample(logits, rows, state, is_live)[1])
+        expected = jax.device_get(jitted_sample(logits, rows, state, is_live, CPU)[1])
         assert (expected.status == OK).all()
         for instructions in RUNNING:
-            own = jax.device_get(sample(logits, rows, state, is_live, cpu_target(instructions))[1])
+            target = cpu_target(instructions)
+            own = jax.device_get(jitted_sample(logits, rows, state, is_live, target)[1])
             jax.tree.map(np.testing.assert_array_equal, own, expected)
 
 
