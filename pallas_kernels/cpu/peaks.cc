@@ -18,7 +18,7 @@ constexpr int64_t kPart = 16 << 10;
 
 struct Outputs {
   float* largest;
-  int32_t* indices;
+  int32_t* places;
   bool* are_finite;
 };
 
@@ -48,13 +48,13 @@ void run_peaks(Call& call, const Bodies& bodies, const float* values, int64_t nu
       best.is_finite = is_finite;
     }
     out.largest[row] = best.largest;
-    out.indices[row] = best.index;
+    out.places[row] = best.index;
     out.are_finite[row] = best.is_finite;
   }
 }
 
 ffi::Error find_peaks(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
-                      ffi::Result<ffi::AnyBuffer> largest, ffi::Result<ffi::AnyBuffer> indices,
+                      ffi::Result<ffi::AnyBuffer> largest, ffi::Result<ffi::AnyBuffer> places,
                       ffi::Result<ffi::AnyBuffer> are_finite, std::string_view instructions) try {
   const Bodies* bodies = choose(instructions).bodies;
   if (bodies == nullptr) {
@@ -71,13 +71,13 @@ ffi::Error find_peaks(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
   }
   const int64_t num_rows = shape[0];
   args.fail(buffer_fault("the largest", *largest, {Type::F32}, {num_rows}));
-  args.fail(buffer_fault("the indices", *indices, {Type::S32}, {num_rows}));
-  args.fail(buffer_fault("the finite", *are_finite, {Type::PRED}, {num_rows}));
+  args.fail(buffer_fault("their places", *places, {Type::S32}, {num_rows}));
+  args.fail(buffer_fault("are_finite", *are_finite, {Type::PRED}, {num_rows}));
   if (!args.error().empty()) return invalid(args.error());
   Call call(pool);
   run_peaks(call, *bodies, data<float>(values), num_rows, shape[1],
             {static_cast<float*>(largest->untyped_data()),
-             static_cast<int32_t*>(indices->untyped_data()),
+             static_cast<int32_t*>(places->untyped_data()),
              static_cast<bool*>(are_finite->untyped_data())});
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {

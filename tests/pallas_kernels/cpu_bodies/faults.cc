@@ -88,7 +88,8 @@ void Faults::refuse_each() {
     }
     refuse("got " + buffer.name + " of a type", [&](Invocation& invocation) {
       Buffer changed = buffer;
-      changed.type = XLA_FFI_DataType_PRED;
+      const bool is_truth = buffer.type == XLA_FFI_DataType_PRED;
+      changed.type = is_truth ? XLA_FFI_DataType_U8 : XLA_FFI_DataType_PRED;
       replace(invocation, buffer.name, changed);
     });
   }

@@ -2,8 +2,8 @@
 //
 //   check CASES SEED
 //
-// Each case is a product and an attention, compared with sums in f64; every tenth is also called
-// with things that are wrong in it. A seed gives the same cases again. Ends with 1 at the first wrong
+// Each case is a product and an attention, compared with sums in f64, and rows' largest values;
+// every tenth is also called with things that are wrong in it. A seed gives the same cases again. Ends with 1 at the first wrong
 // answer, and says which case it was; a sanitizer ends it at the first fault.
 
 #include <cstdint>
@@ -16,6 +16,7 @@
 #include "attention.h"
 #include "host.h"
 #include "numbers.h"
+#include "peaks.h"
 #include "products.h"
 
 namespace {
@@ -31,11 +32,14 @@ void run(const std::string& instructions, int64_t num_cases, uint64_t seed) {
     try {
       last = check::check_product(instructions, random, pool);
       last = check::check_attention(instructions, random, pool);
+      last = check::check_peaks(instructions, random, pool);
       if (index % 10 == 0) {
         last = "products with something wrong";
         num_refused += check::refuse_products(instructions, random, pool);
         last = "attention with something wrong";
         num_refused += check::refuse_attention(instructions, random, pool);
+        last = "peaks with something wrong";
+        num_refused += check::refuse_peaks(instructions, random, pool);
       }
     } catch (const std::exception& error) {
       throw check::Wrong(check::text("case ", index, " with ", instructions, ", seed ",
@@ -43,7 +47,7 @@ void run(const std::string& instructions, int64_t num_cases, uint64_t seed) {
                                      error.what()));
     }
   }
-  std::cout << instructions << ": " << num_cases << " products and attentions are right, "
+  std::cout << instructions << ": " << num_cases << " products, attentions and peaks are right, "
             << num_refused << " wrong calls were refused" << std::endl;
 }
 
