@@ -77,6 +77,7 @@ struct Product {
   int64_t num_matrices;
   float* out;              // [T, outputs]
   int64_t num_outputs;
+  bool stores_away;        // `out` lies on lines of memory, and is larger than caches should hold
   const float* residual;   // [T, outputs], added; null for none
   bool is_gated;           // activation(gate) * up
   Activation activation;

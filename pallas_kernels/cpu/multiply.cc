@@ -232,6 +232,11 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
   }
   std::fill(product.out + num_used * num_outputs, product.out + num_rows * num_outputs, 0.0f);
   if (num_used == 0) return ffi::Error::Success();
+  // Rows far apart share few lines of a cache: those of an output head's, stored there, would have
+  // each store wait for memory that is overwritten.
+  constexpr int64_t kFarApart = 16384;
+  product.stores_away = num_outputs >= kFarApart && num_used > 1 &&
+                        reinterpret_cast<uintptr_t>(product.out) % 64 == 0;
   Call call(pool);
   run_product(call, *bodies, rounding, product, num_used);
   return ffi::Error::Success();

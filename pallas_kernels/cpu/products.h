@@ -171,7 +171,12 @@ void fill_tile(const Product& p, int64_t index, int64_t strip, int64_t row) {
   }
   for (int r = 0; r < kRows; ++r) {
     const int64_t at = (row + r) * p.num_outputs + first;
-    store(p.out + at, p.residual == nullptr ? sums[r] : add(sums[r], load(p.residual + at)));
+    const Floats sum = p.residual == nullptr ? sums[r] : add(sums[r], load(p.residual + at));
+    if (p.stores_away) {
+      store_away(p.out + at, sum);
+    } else {
+      store(p.out + at, sum);
+    }
   }
 }
 
@@ -195,6 +200,7 @@ void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, int64
     fill_rows<2>(p, index, strip, row, row_end);
     fill_rows<1>(p, index, strip, row, row_end);
   }
+  if (p.stores_away) finish_stores();
 }
 
 // Rounds some groups of a row to int8, each with a scale, as `quantize_rows` defines it, but for the

@@ -19,6 +19,11 @@ PALLASITE_INLINE void store(float* out, Floats x) {
   _mm256_storeu_ps(out, x.low);
   _mm256_storeu_ps(out + 8, x.high);
 }
+PALLASITE_INLINE void store_away(float* out, Floats x) {
+  _mm256_stream_ps(out, x.low);
+  _mm256_stream_ps(out + 8, x.high);
+}
+PALLASITE_INLINE void finish_stores() { _mm_sfence(); }
 PALLASITE_INLINE Floats add(Floats a, Floats b) {
   return {_mm256_add_ps(a.low, b.low), _mm256_add_ps(a.high, b.high)};
 }

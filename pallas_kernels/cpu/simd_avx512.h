@@ -12,6 +12,9 @@ PALLASITE_INLINE Floats zeros() { return _mm512_setzero_ps(); }
 PALLASITE_INLINE Floats splat(float x) { return _mm512_set1_ps(x); }
 PALLASITE_INLINE Floats load(const float* x) { return _mm512_loadu_ps(x); }
 PALLASITE_INLINE void store(float* out, Floats x) { _mm512_storeu_ps(out, x); }
+// Stores a whole line of memory past the caches; `finish_stores` makes it seen by other threads.
+PALLASITE_INLINE void store_away(float* out, Floats x) { _mm512_stream_ps(out, x); }
+PALLASITE_INLINE void finish_stores() { _mm_sfence(); }
 PALLASITE_INLINE Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 PALLASITE_INLINE Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 PALLASITE_INLINE Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }

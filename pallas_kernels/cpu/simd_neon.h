@@ -33,6 +33,8 @@ PALLASITE_INLINE Floats load(const float* x) {
 PALLASITE_INLINE void store(float* out, Floats x) {
   for (int i = 0; i < 4; ++i) vst1q_f32(out + 4 * i, x.part[i]);
 }
+PALLASITE_INLINE void store_away(float* out, Floats x) { store(out, x); }
+PALLASITE_INLINE void finish_stores() {}
 PALLASITE_INLINE Floats add(Floats a, Floats b) {
   return by_quarters<Floats>([&](int i) { return vaddq_f32(a.part[i], b.part[i]); });
 }

@@ -144,6 +144,17 @@ def test_products(instructions, kind, T, rng):
 
 @each_body
 @each_kind
+def test_rows_of_outputs_that_are_far_apart(instructions, kind, rng):
+    """An output head's, which are stored past the caches."""
+    held, x = Held(rng, kind, 16400, 32), make_x(rng, 14, 32)
+    out = jax.jit(quantized_matmul, static_argnums=2)(
+        x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
+    )
+    check(out, *held.product(x))
+
+
+@each_body
+@each_kind
 def test_many_rows_and_inputs(instructions, kind, rng):
     """More than are rounded, or stay in a cache, at once."""
     held, x = Held(rng, kind, 64, 1536), make_x(rng, 600, 1536)
