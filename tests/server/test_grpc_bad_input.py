@@ -295,4 +295,6 @@ async def test_calls_beyond_the_limit_are_refused_and_health_is_not(tmp_path):
         assert await s.client.wait_until_ready(1.0)
         engine.is_paused = False
         await asyncio.gather(*waiting)
+        # A stream that its client left ends on the server a little later.
+        await eventually(lambda: s.server._door.num_calls == 0)
         assert await s.client.tokenize("a") == [97]
