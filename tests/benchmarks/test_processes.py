@@ -29,8 +29,9 @@ def test_cpu_time_counts_work_and_not_waiting():
     while time.process_time() - before_s < 0.3:
         sum(range(1000))
     worked_s = cpu_seconds_of(pid) - start_s
+    expected_s = time.process_time() - before_s
     # The kernel counts in ticks, of 10 ms as a rule.
-    assert 0.25 < worked_s < 0.6
+    assert abs(worked_s - expected_s) < 0.05
 
 
 BUSY = "import time; print(flush=True)\nwhile True: pass"
@@ -40,11 +41,16 @@ def test_what_others_take_is_told_from_our_own():
     with subprocess.Popen([sys.executable, "-c", BUSY], stdout=subprocess.PIPE) as busy:
         assert busy.stdout is not None
         busy.stdout.readline()
+        before_s = time.perf_counter()
         others, known = OthersClock(), OthersClock(busy.pid)
         busy_s, start_s = cpu_seconds_of(busy.pid), time.perf_counter()
-        time.sleep(1.0)
+        while cpu_seconds_of(busy.pid) - busy_s < 0.5:
+            time.sleep(0.01)
+        end_s = time.perf_counter()
         took = others.cores() - known.cores()
         cores = (cpu_seconds_of(busy.pid) - busy_s) / (time.perf_counter() - start_s)
+        after_s = time.perf_counter()
         busy.kill()
-    assert cores > 0.1
-    assert abs(took - cores) < 0.1
+    # What all cores did between readings that belong together is counted by some of them only.
+    held_up_s = start_s - before_s + after_s - end_s
+    assert abs(took - cores) < 0.1 + os.cpu_count() * held_up_s / (end_s - start_s)

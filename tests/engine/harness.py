@@ -98,7 +98,7 @@ def engines_of_run(request: pytest.FixtureRequest) -> Engines:
 _KEY = pytest.StashKey[Engines]()
 
 
-def assert_quiet(engine: Engine, within_s: float = 2.0) -> None:
+def assert_quiet(engine: Engine, within_s: float = 30.0) -> None:
     """The leak audit: in time, all pages are free and nothing is open."""
     until = time.monotonic() + within_s
     while True:
@@ -188,6 +188,20 @@ def recorded_plans(engine: Engine, monkeypatch) -> Iterator[list[Plan]]:
     with monkeypatch.context() as patch:
         patch.setattr(engine._scheduler, "schedule", record)
         yield plans
+
+
+@contextmanager
+def slowed(engine: Engine, monkeypatch, turn_s: float = 0.005) -> Iterator[None]:
+    """Within the block each step waits a little, so that what the test does comes in time."""
+    schedule = engine._scheduler.schedule
+
+    def wait_and_schedule(now):
+        time.sleep(turn_s)
+        return schedule(now)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._scheduler, "schedule", wait_and_schedule)
+        yield
 
 
 class LoopGate:

@@ -10,7 +10,7 @@ import pytest
 from pallasite.engine import ErrorCode, RequestError
 from pallasite.engine import programs as programs_module
 from pallasite.engine import runtime as runtime_module
-from tests.engine.harness import lively_tensors, random_prompt, tokens
+from tests.engine.harness import lively_tensors, random_prompt, slowed, tokens
 from tests.engine.test_adapters import ROOMY, ask, long
 from tests.peft_adapters import Peft
 
@@ -88,11 +88,11 @@ def test_a_load_that_fails_on_the_device_ends_what_runs_and_the_engine_goes_on(
 
         held = engine.prefill(ask(prompts[0], "all"), 60.0)
         list(held)
-        running = [iter(engine.submit(long(prompts[0], name))) for name in ("", "all") * 4]
-        waiting = [engine.submit(request) for request in requests]
-        for stream in running:
-            next(stream)
-        with monkeypatch.context() as patch:
+        with slowed(engine, monkeypatch), monkeypatch.context() as patch:
+            running = [iter(engine.submit(long(prompts[0], name))) for name in ("", "all") * 4]
+            waiting = [engine.submit(request) for request in requests]
+            for stream in running:
+                next(stream)
             patch.setattr(engine._runtime.programs, "set_adapter", fail)
             with pytest.raises(RequestError, match="all loaded adapters were lost") as caught:
                 engine.load_adapter("other", folder)

@@ -7,7 +7,7 @@ import pytest
 
 from pallasite.engine import ConfigError, ErrorCode, RequestError
 from pallasite.models.sharding import MeshShape
-from tests.engine.harness import MAIN, greedy, lively_tensors, random_prompt, tokens
+from tests.engine.harness import MAIN, greedy, lively_tensors, random_prompt, slowed, tokens
 from tests.peft_adapters import Peft
 from tests.tiny_checkpoints import TINY, write_hf
 
@@ -65,7 +65,7 @@ def long(prompt, adapter=""):
     ids=str,
 )
 def test_many_adapters_in_one_batch_give_the_merged_models_tokens(
-    engines, folders, prompts, expected, mesh
+    engines, folders, prompts, expected, mesh, monkeypatch
 ):
     with engines.fresh(replace(ROOMY, mesh=mesh)) as engine:
         before = tokens(engine.generate([ask(p) for p in prompts]))
@@ -97,23 +97,24 @@ def test_a_slot_serves_one_adapter_after_another(engines, folders, prompts, expe
 
 @pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2)], ids=str)
 def test_adapters_come_and_go_while_requests_of_others_are_open(
-    engines, folders, prompts, expected, mesh
+    engines, folders, prompts, expected, mesh, monkeypatch
 ):
     with engines.fresh(replace(ROOMY, mesh=mesh)) as engine:
         engine.load_adapter("all", folders["all"])
         engine.load_adapter("spare", folders["down"])  # one slot of three is left
         requests = [long(prompt, name) for prompt in prompts[:2] for name in ("all", "")]
         alone = tokens(engine.generate(requests))
-        streams = [iter(engine.submit(request)) for request in requests]
-        firsts = [next(stream).token_ids for stream in streams]
-        engine.unload_adapter("all")
-        for name in ("down", "attention"):
-            engine.load_adapter(name, folders[name])
-            assert tokens(engine.generate([ask(prompts[0], name)])) == expected[name][:1]
-            with pytest.raises(RequestError, match="all 3 slots are in use"):
-                engine.load_adapter("all", folders["all"])
-            engine.unload_adapter(name)
-        assert engine.current_load().num_running == 4, "it all came too late"
+        with slowed(engine, monkeypatch):
+            streams = [iter(engine.submit(request)) for request in requests]
+            firsts = [next(stream).token_ids for stream in streams]
+            engine.unload_adapter("all")
+            for name in ("down", "attention"):
+                engine.load_adapter(name, folders[name])
+                assert tokens(engine.generate([ask(prompts[0], name)])) == expected[name][:1]
+                with pytest.raises(RequestError, match="all 3 slots are in use"):
+                    engine.load_adapter("all", folders["all"])
+                engine.unload_adapter(name)
+            assert engine.current_load().num_running == 4, "it all came too late"
         rests = [sum((event.token_ids for event in stream), ()) for stream in streams]
         assert [first + rest for first, rest in zip(firsts, rests, strict=True)] == alone
         assert engine.metrics.compilations == 0

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 
 from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.deployment import plan_deployment
@@ -21,11 +20,9 @@ def test_the_other_process_ends_with_this_one(engines, tmp_path):
         "    if 'compiled program' in line: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"Engine.load({str(engines.checkpoint)!r}, config, die)"
     )
-    start = time.monotonic()
     # The output's end is when the last process that could write to it has ended.
     ended = subprocess.run([sys.executable, "-c", script], stderr=subprocess.PIPE, check=False)
     assert ended.returncode == -9
-    assert time.monotonic() - start < 120
     assert list(tmp_path.glob("*.programs")) == []
 
 

@@ -273,22 +273,23 @@ def test_a_prefill_of_several_completions_is_refused(engine):
     assert error.field == "sampling.n"
 
 
-def test_draining_refuses_what_is_new_and_waits_for_what_is_open(engines, rng):
+def test_draining_refuses_what_is_new_and_waits_for_what_is_open(engines, rng, monkeypatch):
     prompt = random_prompt(rng, 9)
     with engines.fresh() as engine:
         [whole] = tokens(engine.generate([endless(prompt, max_tokens=200)]))
-        first = engine.prefill(endless(prompt, max_tokens=9), 5.0)
+        first = engine.prefill(endless(prompt, max_tokens=9), 60.0)
         list(first)
-        stream = engine.submit(endless(prompt, max_tokens=200))
-        assert not engine.drain(0.0)
-        for call in (
-            lambda: engine.submit(endless(prompt, max_tokens=2)),
-            lambda: engine.prefill(endless(prompt, max_tokens=2), 1.0),
-            lambda: engine.decode(first.handle.handle_id, engine.epoch, "", None),
-        ):
-            error = refusal(call)
-            assert error.code is ErrorCode.UNAVAILABLE
-            assert error.retry_after_s == 1.0
+        with stepped(engine, monkeypatch):
+            stream = engine.submit(endless(prompt, max_tokens=200))
+            assert not engine.drain(0.0)
+            for call in (
+                lambda: engine.submit(endless(prompt, max_tokens=2)),
+                lambda: engine.prefill(endless(prompt, max_tokens=2), 1.0),
+                lambda: engine.decode(first.handle.handle_id, engine.epoch, "", None),
+            ):
+                error = refusal(call)
+                assert error.code is ErrorCode.UNAVAILABLE
+                assert error.retry_after_s == 1.0
         assert engine.drain(60.0)
         assert read(stream)[0] == whole
         engine.release(first.handle.handle_id, engine.epoch, "")

@@ -90,16 +90,16 @@ def test_a_handle_serves_once_and_a_second_try_says_how_the_first_ended_it():
 def test_pages_are_collected_once_after_the_lease_or_the_release():
     table = LeaseTable(10, 60.0)
     short, long, freed = held(num_pages=2), held(num_pages=3), held(num_pages=4)
-    granted(table, short, 5.0)
-    granted(table, long, 50.0)
+    granted(table, short, 20.0)
+    granted(table, long, 60.0)
     now = time.monotonic()
     table.release(*key(granted(table, freed)), "a")
     assert table.num_pages() == 9, "released pages are held until they are collected"
     assert table.collect(now) == [freed]
     assert table.num_pages() == 5
-    assert table.collect(now + 4) == []
-    assert table.collect(now + 6) == [short]
-    assert table.collect(now + 6) == []
+    assert table.collect(now + 1) == []
+    assert table.collect(now + 21) == [short]
+    assert table.collect(now + 21) == []
     assert table.num_pages() == 3
     assert table.sequences() == [long]
 
@@ -107,13 +107,13 @@ def test_pages_are_collected_once_after_the_lease_or_the_release():
 def test_an_extended_lease_ends_when_it_now_says():
     table = LeaseTable(10, 60.0)
     sequence = held()
-    handle = granted(table, sequence, 1.0)
-    extended = table.extend(*key(handle), "a", 30.0)
+    handle = granted(table, sequence, 20.0)
+    extended = table.extend(*key(handle), "a", 60.0)
     assert (extended.handle_id, extended.epoch) == key(handle)
-    assert extended.expires_in_s == 30.0
+    assert extended.expires_in_s == 60.0
     now = time.monotonic()
-    assert table.collect(now + 20) == []
-    assert table.collect(now + 31) == [sequence]
+    assert table.collect(now + 30) == []
+    assert table.collect(now + 61) == [sequence]
 
 
 def test_handles_are_bounded_and_a_promise_counts_as_one():

@@ -1,6 +1,5 @@
 """A GGUF as a checkpoint: Hugging Face's names and order of rows, the config, named errors."""
 
-import time
 from dataclasses import replace
 
 import gguf
@@ -224,14 +223,12 @@ class TestDamage:
                 for _ in range(rng.integers(1, 4)):
                     content[rng.integers(header_bytes)] = rng.integers(256)
             path.write_bytes(content)
-            begin = time.perf_counter()
             try:
                 checkpoint = GgufCheckpoint(path)
                 for name in checkpoint.shapes:
                     checkpoint.read(name)
             except CheckpointError:
                 num_refused += 1
-            assert time.perf_counter() - begin < 2.0
         assert num_refused >= 100
 
 
@@ -306,13 +303,9 @@ class TestRopeScaling:
 
 
 def test_the_real_model(real_model_path):
-    """SmolLM2-135M: its sizes and tokens, and that reading it does not take long."""
-    begin = time.perf_counter()
+    """SmolLM2-135M: its sizes and tokens."""
     checkpoint = GgufCheckpoint(real_model_path)
-    opening = time.perf_counter() - begin
-    begin = time.perf_counter()
     num_numbers = sum(checkpoint.read(name).size for name in checkpoint.shapes)
-    reading = time.perf_counter() - begin
     assert num_numbers == 134_515_008
     assert len(checkpoint.shapes) == 272
     config = checkpoint.config
@@ -321,5 +314,3 @@ def test_the_real_model(real_model_path):
     assert (config.norm_epsilon, config.rope_theta) == (1e-5, 1e5)
     assert (config.eos_token_ids, config.bos_token_id) == ((2, 0), 1)
     assert config.ties_embedding
-    assert opening < 1.0
-    assert reading < 5.0

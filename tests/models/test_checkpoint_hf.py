@@ -1,7 +1,6 @@
 """The Hugging Face folder reader: what it reads is exact, and what it cannot read it names."""
 
 import json
-import time
 import tracemalloc
 from dataclasses import replace
 from pathlib import Path
@@ -320,14 +319,12 @@ def test_300_damaged_headers_give_checkpoint_errors_only(folder, rng):
             for _ in range(rng.integers(1, 4)):
                 content[rng.integers(header_bytes)] = rng.integers(256)
         path.write_bytes(content)
-        begin = time.perf_counter()
         try:
             checkpoint = HfCheckpoint(folder)
             for name in checkpoint.shapes:
                 checkpoint.read(name)
         except CheckpointError:
             num_refused += 1
-        assert time.perf_counter() - begin < 2.0
     # Every cut is refused; a flipped byte may turn one name into another, which the loader sees.
     assert num_refused >= 100
 

@@ -95,14 +95,19 @@ async def serving_engine(engine, folder, *, api_key=None, **config):
                 inference=inference_pb2_grpc.InferenceStub(channel),
                 admin=admin_pb2_grpc.AdminStub(admin),
             )
-        await eventually(lambda: engine.audit().free == engine.audit().total)
-        load = engine.current_load()
-        assert (load.num_running, load.num_waiting, load.num_leased_pages) == (0, 0, 0)
+        await eventually(lambda: is_quiet(engine))
         assert engine.audit().problems == ()
         assert engine.metrics.compilations == num_compilations
         assert engine.metrics.misses == 0
     finally:
         await server.stop()
+
+
+def is_quiet(engine):
+    """Whether all pages are free and nothing is open."""
+    audit, load = engine.audit(), engine.current_load()
+    is_idle = (load.num_running, load.num_waiting, load.num_leased_pages) == (0, 0, 0)
+    return is_idle and audit.free == audit.total
 
 
 async def collect(stream):
@@ -130,8 +135,8 @@ async def refused(call, code=grpc.StatusCode.INVALID_ARGUMENT):
     return bad_fields(caught.value), caught.value.details()
 
 
-async def eventually(condition, timeout_s=10.0):
-    """Waits until `condition()` holds."""
+async def eventually(condition, timeout_s=30.0):
+    """Waits until `condition()` holds: what follows from a call's end is true a little later."""
     async with asyncio.timeout(timeout_s):
         while not condition():
             await asyncio.sleep(0.002)

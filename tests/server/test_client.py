@@ -97,8 +97,12 @@ def test_bad_fields_are_read_off_the_details():
 
 def test_a_deadline_counts_down_to_zero():
     assert Deadline(None).left_s is None
+    deadline = Deadline(1000.0)
+    first_s = deadline.left_s
+    assert 900 < first_s <= 1000.0
+    time.sleep(0.01)
+    assert deadline.left_s <= first_s - 0.01
     deadline = Deadline(0.02)
-    assert 0 < deadline.left_s <= 0.02
     time.sleep(0.03)
     assert deadline.left_s == 0.0
 
@@ -120,7 +124,7 @@ async def test_a_busy_server_is_asked_again_when_it_said(tmp_path):
         sampling = SamplingParams(max_tokens=2)
         text = "".join([event.text async for event in s.client.generate("ab", sampling)])
         assert text == "ab"
-        assert 0.16 <= time.monotonic() - start < 5.0
+        assert time.monotonic() - start >= 0.16
         refusals += [busy, busy, busy]
         with pytest.raises(grpc.RpcError) as caught:
             [event async for event in s.client.generate("ab")]
@@ -151,7 +155,7 @@ async def test_a_stream_that_has_begun_is_not_begun_again(tmp_path):
 async def test_a_client_waits_for_a_server_that_comes_later(tmp_path):
     async with serving(tmp_path / "first") as s:
         address = s.server.address
-    policy = RetryPolicy(max_attempts=50, max_backoff_s=0.1)
+    policy = RetryPolicy(max_attempts=1000, max_backoff_s=0.1)
     async with AsyncClient(address, policy=policy) as client:
         assert await client.wait_until_ready(0.2) is False
         once = AsyncClient(address, policy=RetryPolicy(max_attempts=1))
@@ -165,7 +169,7 @@ async def test_a_client_waits_for_a_server_that_comes_later(tmp_path):
         port = int(address.rpartition(":")[2])
         async with serving_at(tmp_path / "second", port):
             assert await call == list(b"ab")
-            assert await client.wait_until_ready(2.0)
+            assert await client.wait_until_ready(10.0)
 
 
 @contextlib.asynccontextmanager
@@ -209,15 +213,15 @@ async def test_the_synchronous_client_says_the_same(tmp_path):
     def talk(address):
         said = {}
         sampling = SamplingParams(max_tokens=5)
-        with Client(address, policy=RetryPolicy(max_attempts=1), timeout_s=20.0) as client:
-            assert client.wait_until_ready(5.0)
+        with Client(address, policy=RetryPolicy(max_attempts=1), timeout_s=60.0) as client:
+            assert client.wait_until_ready(20.0)
             stream = client.generate("abc", sampling, request_id="r")
             said["text"] = "".join(event.text for event in stream)
             said["request_id"] = stream.request_id
             chat = client.chat([{"role": "user", "content": "a"}], sampling)
             said["chat"] = sum(len(event.token_ids) for event in chat)
-            first = client.prefill("abc", sampling, lease_s=9.0)
-            said["lease"] = client.extend_lease(first.handle, 3.0).expires_in_s
+            first = client.prefill("abc", sampling, lease_s=60.0)
+            said["lease"] = client.extend_lease(first.handle, 50.0).expires_in_s
             rest = "".join(event.text for event in client.decode(first.handle))
             said["halves"] = first.event.text + rest
             second = client.prefill("abc", sampling)
@@ -251,7 +255,7 @@ async def test_the_synchronous_client_says_the_same(tmp_path):
         "text": "abcab",
         "request_id": "r",
         "chat": 5,
-        "lease": 3.0,
+        "lease": 50.0,
         "halves": "abcab",
         "ids": [97, 98],
         "detokenized": "ab",
@@ -274,8 +278,9 @@ async def test_a_synchronous_stream_is_cancelled_from_another_thread(tmp_path):
             reader.start()
             await eventually(lambda: s.engine.rows)
             await asyncio.to_thread(stream.cancel)
-            await asyncio.to_thread(reader.join, 5)
+            await asyncio.to_thread(reader.join, 30)
             assert not reader.is_alive()
+            await eventually(lambda: s.engine.aborted)
             await eventually(lambda: not s.engine.rows)
 
 

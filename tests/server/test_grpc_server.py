@@ -31,6 +31,12 @@ async def statuses(channel):
     return {health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status) for answer in answers}
 
 
+async def health_becomes(channel, name):
+    async with asyncio.timeout(30):
+        while await statuses(channel) != {name}:
+            await asyncio.sleep(0.02)
+
+
 async def code_of(call):
     with pytest.raises(grpc.RpcError) as caught:
         await call
@@ -43,20 +49,18 @@ async def read_all(stream):
 
 async def test_health_follows_the_engines_heartbeat(tmp_path):
     async with serving(tmp_path, stall_s=0.5) as s:
-        assert await s.client.wait_until_ready(2.0)
-        assert await statuses(s.channel) == {"SERVING"}
+        await health_becomes(s.channel, "SERVING")
+        assert await s.client.wait_until_ready(10.0)
         s.engine.metrics.is_alive = False
-        await asyncio.sleep(1.0)
-        assert await statuses(s.channel) == {"NOT_SERVING"}
+        await health_becomes(s.channel, "NOT_SERVING")
         s.engine.metrics.is_alive = True
-        await asyncio.sleep(1.0)
-        assert await statuses(s.channel) == {"SERVING"}
+        await health_becomes(s.channel, "SERVING")
         # The loop hangs: nothing says so but that it does not come round.
         with s.engine._lock:
-            start = time.monotonic()
-            while await statuses(s.channel) == {"SERVING"}:
-                await asyncio.sleep(0.02)
-            assert 0.3 < time.monotonic() - start < 3.0
+            last = s.engine.metrics.last_step_monotonic_s
+            await health_becomes(s.channel, "NOT_SERVING")
+            assert time.monotonic() - last >= 0.5
+        await health_becomes(s.channel, "SERVING")
         unknown = health_pb2.HealthCheckRequest(service="pallasite.v1.Other")
         call = health_pb2_grpc.HealthStub(s.channel).Check(unknown)
         assert await code_of(call) is grpc.StatusCode.NOT_FOUND
@@ -94,7 +98,7 @@ async def test_keys_make_tenants_and_guard_every_call_but_health(tmp_path):
                 )
                 for call in calls:
                     assert await code_of(call) is grpc.StatusCode.UNAUTHENTICATED
-                assert await stranger.wait_until_ready(1.0)
+                assert await stranger.wait_until_ready(10.0)
         async with AsyncClient(s.server.address, api_key=KEYS["bob"]) as bob:
             answer = await s.client.prefill("ab", SamplingParams(max_tokens=4))
             denied = grpc.StatusCode.PERMISSION_DENIED
@@ -102,6 +106,8 @@ async def test_keys_make_tenants_and_guard_every_call_but_health(tmp_path):
             assert await code_of(bob.release(answer.handle)) is denied
             assert await code_of(bob.extend_lease(answer.handle)) is denied
             assert len(await read_all(s.client.decode(answer.handle))) >= 1
+            # It does not end before the others have tried.
+            s.engine.is_paused = True
             sampling = SamplingParams(max_tokens=400)
             reading = asyncio.create_task(
                 read_all(s.client.generate("ab", sampling, request_id="mine"))
@@ -109,6 +115,7 @@ async def test_keys_make_tenants_and_guard_every_call_but_health(tmp_path):
             await eventually(lambda: s.engine.rows)
             assert await bob.abort("mine") is False
             assert await s.client.abort("mine") is True
+            s.engine.is_paused = False
             await reading
         assert {request.tenant for request in s.engine.submitted} == {"alice"}
         # The operator's own port is on loopback and takes no tenant's key.
@@ -151,7 +158,7 @@ async def test_tls_serves_those_who_trust_it(tmp_path):
         once = RetryPolicy(max_attempts=1)
         for tls in (None, Tls(root_certificates=certificate)):
             async with AsyncClient(s.server.address, tls=tls, policy=once) as client:
-                call = client.tokenize("a", timeout_s=5.0)
+                call = client.tokenize("a", timeout_s=60.0)
                 assert await code_of(call) is grpc.StatusCode.UNAVAILABLE
     missing = TlsFiles(certificate=tmp_path / "none", private_key=key)
     with pytest.raises(ConfigError, match="FileNotFoundError"):
@@ -224,21 +231,18 @@ async def test_a_busy_port_and_a_bad_one_are_the_operators_errors(tmp_path):
 
 
 async def test_draining_lets_requests_end_and_refuses_new_ones(tmp_path):
-    async with serving(tmp_path, FakeEngine(step_s=0.005), admin_port=0) as s:
+    async with serving(tmp_path, FakeEngine(is_paused=True), admin_port=0) as s:
         sampling = SamplingParams(max_tokens=60)
         streams = [asyncio.create_task(read_all(s.client.generate("ab", sampling)))]
         streams += [asyncio.create_task(read_all(s.client.generate("cd", sampling)))]
         await eventually(lambda: len(s.engine.rows) == 2)
-        draining = asyncio.ensure_future(s.admin.Drain(admin_pb2.DrainRequest(timeout_s=5.0)))
-        start = time.monotonic()
-        while await statuses(s.channel) != {"NOT_SERVING"}:
-            await asyncio.sleep(0.005)
-        # 100 ms on an idle machine; the tests may share theirs.
-        assert time.monotonic() - start < 0.5
-        assert not draining.done()
+        draining = asyncio.ensure_future(s.admin.Drain(admin_pb2.DrainRequest(timeout_s=60.0)))
+        await health_becomes(s.channel, "NOT_SERVING")
         await eventually(lambda: s.engine._is_draining)
         refused = read_all(s.client.generate("ab"))
         assert await code_of(refused) is grpc.StatusCode.UNAVAILABLE
+        assert not draining.done()
+        s.engine.is_paused = False
         assert (await draining).is_drained
         for events in await asyncio.gather(*streams):
             assert sum(len(event.token_ids) for event in events) == 60
@@ -254,7 +258,7 @@ async def test_a_drain_that_takes_too_long_says_so_and_stop_cuts_it_off(tmp_path
         assert await s.server.drain(0.05) is False
         await s.server.stop()
         code = await code_of(reading)
-        assert s.engine.aborted == ["r"]
+        await eventually(lambda: s.engine.aborted == ["r"])
         s.engine.is_paused = False
     assert code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED)
 
@@ -275,12 +279,14 @@ async def test_admin_audits_profiles_and_flushes_nothing(tmp_path):
             assert await code_of(call) is status.INVALID_ARGUMENT
         call = s.admin.Drain(admin_pb2.DrainRequest(timeout_s=float("nan")))
         assert await code_of(call) is status.INVALID_ARGUMENT
-        await s.admin.StartProfile(start())
+        before_s = time.monotonic()
+        await s.admin.StartProfile(start(max_duration_s=60.0))
         assert await code_of(s.admin.StartProfile(start())) is status.FAILED_PRECONDITION
-        assert 0 < (await s.admin.StopProfile(stop())).duration_s < 30
+        duration_s = (await s.admin.StopProfile(stop())).duration_s
+        assert 0 < duration_s < time.monotonic() - before_s
         assert any(path.is_file() for path in folder.rglob("*"))
         await s.admin.StartProfile(start(max_duration_s=0.05))
-        await asyncio.sleep(0.1)
+        await eventually(lambda: s.server._admin._profile._start is None)
         # It ended by itself; StopProfile waits for its writing and then finds none.
         assert await code_of(s.admin.StopProfile(stop())) is status.FAILED_PRECONDITION
     async with serving(tmp_path, admin_port=0) as s:
