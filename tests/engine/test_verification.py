@@ -76,6 +76,9 @@ def verify(inputs, token_ids, logits, state):
     return accept(inputs, drafts, state, sampled.token_ids), sampled, is_live
 
 
+sample_one = jax.jit(sample)
+
+
 def alone(inputs, row, offset, token_ids, logits, state):
     """What the sampler gives after one token, whose slot has counted all before it."""
     start = int(inputs.ragged.query_starts[row])
@@ -98,7 +101,7 @@ def alone(inputs, row, offset, token_ids, logits, state):
     )
     state = replace(state, counts=jnp.asarray(counts))
     is_live = jnp.ones(1, jnp.bool_)
-    return jax.device_get(sample(logits[place : place + 1], rows, state, is_live)[1])
+    return jax.device_get(sample_one(logits[place : place + 1], rows, state, is_live)[1])
 
 
 def foreseen(rng, inputs, logits, state, num_right):
