@@ -3,6 +3,7 @@
 That warnings are errors is said in pyproject.toml.
 """
 
+import contextlib
 import os
 import secrets
 import sys
@@ -84,7 +85,39 @@ def real_model_path() -> Path:
         pytest.skip(f"needs the real model: {error}")
 
 
+_CACHES = pytest.StashKey[tuple[Path, Path]]()
+
+
 @pytest.fixture(scope="session")
-def compile_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A persistent compilation cache that lasts one run, shared by its tests."""
-    return tmp_path_factory.mktemp("compile_cache")
+def compile_cache(tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config) -> Path:
+    """A persistent compilation cache that lasts one run, shared by its tests.
+
+    JAX's own files in it are this process's. An engine's programs, which are written whole or not
+    at all, go to the run's other processes, if any, after each test.
+    """
+    folder = tmp_path_factory.mktemp("compile_cache")
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        everyones = tmp_path_factory.getbasetemp().parent / "programs"
+        everyones.mkdir(exist_ok=True)
+        pytestconfig.stash[_CACHES] = folder, everyones
+        _link_programs(everyones, folder)
+    return folder
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if _CACHES in item.config.stash:
+        own, everyones = item.config.stash[_CACHES]
+        _link_programs(everyones, own)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item) -> None:
+    if _CACHES in item.config.stash:
+        _link_programs(*item.config.stash[_CACHES])
+
+
+def _link_programs(source: Path, target: Path) -> None:
+    for path in source.glob("*.programs"):
+        with contextlib.suppress(FileExistsError):
+            os.link(path, target / path.name)

@@ -60,11 +60,11 @@ def test_an_engine_serves_a_tpus_cache(cache, rounded, engines, be, rng):
     right = tokens(engines.get(MAIN).generate(requests))
     be(V7X)
     # Two pages of 128 a request, and two to spare.
-    config = replace(MAIN, cache=cache, num_pages=18, compile_cache=None)
+    config = replace(MAIN, max_requests=4, cache=cache, num_pages=10, compile_cache=None)
     with Engine.load(engines.checkpoint, config) as engine:
         assert engine._runtime.page_size == 128
         held = engine._runtime._cache
-        assert held.values.shape == (TINY.num_layers, 18, TINY.num_kv_heads, 1, 128, 128)
+        assert held.values.shape == (TINY.num_layers, 10, TINY.num_kv_heads, 1, 128, 128)
         dtype = {"auto": jnp.float32, "int8": jnp.int8, "fp8": jnp.float8_e4m3fn}[cache]
         assert held.values.dtype == dtype
         got = engine.generate(requests)
@@ -158,6 +158,8 @@ def test_a_cache_that_takes_what_is_left_leaves_an_allocator_some_room(engines, 
         return real(deployment, min(num_pages, 18))
 
     monkeypatch.setattr(deployments.Deployment, "with_pages", few_pages)
+    monkeypatch.setattr(runtime.Programs, "compile", lambda self, progress: None)
+    monkeypatch.setattr(runtime.Programs, "temporary_bytes", lambda self: 10**6)
     config = replace(MAIN, num_pages=None, compile_cache=None)
     with Engine.load(engines.checkpoint, config) as engine:
         assert engine._runtime.cache_spec.page_bytes == PAGE_BYTES
@@ -173,7 +175,7 @@ def test_a_device_without_room_says_so_at_the_start(engines, monkeypatch):
         r"got a model that needs .*cache 0\.00 GB.*; the device had no room for all of it; lower"
     )
     with pytest.raises(ConfigError, match=message):
-        Engine.load(engines.checkpoint, MAIN)
+        Engine.load(engines.checkpoint, replace(MAIN, compile_cache=engines.compile_cache))
 
 
 def test_a_kernel_that_does_not_fit_is_not_told_as_want_of_memory(engines, monkeypatch):
