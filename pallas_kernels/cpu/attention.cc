@@ -80,12 +80,14 @@ struct Plan {
 
 // One query: all key heads at once, since a page has them side by side. Where there are fewer
 // requests than threads would need, its keys are cut into parts.
-void plan_query(const Attention& a, int64_t request, int64_t wanted_parts, Plan& plan) {
+void plan_query(const Attention& a, int64_t request, int64_t wanted_parts, int64_t num_threads,
+                Plan& plan) {
   const int64_t token = a.query_starts[request];
   const int64_t first = first_key(a, a.positions[token]), end = a.positions[token] + 1;
   const int64_t num_strips = (end - first + kLanes - 1) / kLanes;
-  const int64_t num_parts =
-      std::max<int64_t>(std::min(wanted_parts, num_strips * kLanes / kPartKeys), 1);
+  int64_t num_parts = std::max<int64_t>(std::min(wanted_parts, num_strips * kLanes / kPartKeys), 1);
+  // One request's parts are for all threads alike.
+  if (wanted_parts > num_threads && num_parts > num_threads) num_parts -= num_parts % num_threads;
   plan.most_rows = std::max(plan.most_rows, a.num_heads / a.cache.num_kv_heads);
   plan.most_kv_heads = a.cache.num_kv_heads;
   if (num_parts > 1) plan.splits.push_back({token, plan.num_parts, num_parts});
@@ -134,7 +136,7 @@ Plan make_plan(const Attention& a, const Layout& layout, int64_t num_threads) {
       num_threads == 1 ? 1 : (2 * num_threads + layout.num_requests - 1) / layout.num_requests;
   for (int64_t request = 0; request < layout.num_requests; ++request) {
     const int64_t count = a.query_starts[request + 1] - a.query_starts[request];
-    if (count == 1) plan_query(a, request, wanted_parts, plan);
+    if (count == 1) plan_query(a, request, wanted_parts, num_threads, plan);
     if (count > 1) plan_prompt(a, request, plan);
   }
   return plan;
