@@ -119,7 +119,7 @@ class StepDriver:
         host_results = np.asarray(results)
         times.append(clock())
         cpu_s = time.process_time() - cpu_start_s
-        self._committer.commit(plan, host_results, None, _no_lease)
+        self._committer.commit(plan, host_results[:, 0], None, _no_lease)
         self._committer.take_touched()
         times.append(clock())
         schedule_s, admit_s, build_s, launch_s, wait_s, commit_s = np.diff(times).tolist()

@@ -46,7 +46,9 @@ class BatchBuilder:
         layout = self._layouts[bucket]
         words = np.zeros((len(plan.parts), layout.num_words), np.int32)
         for shard, part in enumerate(plan.parts):
-            self._fill(layout.views(words[shard]), shard, part, eos_token_ids)
+            views = layout.views(words[shard])
+            views["num_steps"][...] = plan.num_steps
+            self._fill(views, shard, part, eos_token_ids)
         return words
 
     def _fill(
@@ -81,7 +83,7 @@ class BatchBuilder:
         views["bans"].fill(-1)
         verifies = len(views["bans"]) > len(views["slot"])
         for index, row in enumerate(part.rows):
-            if not row.samples or not _may_ban(row.sequence.request.params):
+            if not row.samples or not may_ban(row.sequence.request.params):
                 continue
             place = views["query_starts"][index] if verifies else index
             for num_drafts in range(len(row.draft) + 1):
@@ -146,7 +148,8 @@ def max_bans(limits: Limits, num_eos: int) -> int:
     return limits.max_bad_words + limits.max_stop_token_ids + num_eos
 
 
-def _may_ban(params: SamplingParams) -> bool:
+def may_ban(params: SamplingParams) -> bool:
+    """Returns whether a request's rows may have bans."""
     return params.min_tokens > 0 or bool(params.bad_words)
 
 

@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from pallasite.engine.batch_builder import max_bans
+from pallasite.engine.bursts import MAX_STEPS
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.layout import Layout
 from pallasite.engine.planner import MemoryPlan, choose_num_pages, default_cpu_pages
@@ -23,7 +24,7 @@ from pallasite.models.errors import ConfigError
 from pallasite.models.kv_cache import CacheSpec
 from pallasite.models.registry import make_model
 from pallasite.models.sharding import DATA_AXIS, MeshShape, make_mesh, sharding
-from pallasite.models.weights import placed
+from pallasite.models.weights import holds_strips, placed
 from pallasite.pallas_kernels.cpu import best_instructions
 from pallasite.pallas_kernels.target import CPU, Target, cpu_target, target_of
 
@@ -64,6 +65,7 @@ class Deployment:
             config.batch_tokens_per_shard,
             target.pads_rows_to,
             config.num_drafts,
+            self._max_steps(),
         )
         pages_per_request = -(-self.max_context_len // target.page_size)
         num_bans = max_bans(config.limits, len(model.eos_token_ids))
@@ -80,6 +82,10 @@ class Deployment:
             layouts=layouts,
             mesh=self.mesh,
         )
+
+    def _max_steps(self) -> int:
+        """Steps that a run of a decode program makes at most; drafts want to know each token."""
+        return MAX_STEPS if holds_strips(self.model) and not self.config.num_drafts else 1
 
     def adapter_spec(self) -> AdapterSpec:
         """Returns the room for adapters."""

@@ -97,6 +97,15 @@ class Dispatcher:
         """Returns a planned row that verifies a draft, too, as far as there are free pages."""
         return self._shards[row.sequence.shard].with_draft(row, draft)
 
+    def go_on(self, plan: Plan, num_more: int) -> bool:
+        """Has each row of a plan sample so many more tokens; whether there are pages for them."""
+        parts = list(zip(self._shards, plan.parts, strict=True))
+        if not all(shard.can_go_on(part.rows, num_more) for shard, part in parts):
+            return False
+        for shard, part in parts:
+            shard.go_on(part.rows, num_more)
+        return True
+
     def settle(self, sequence: Sequence, num_accepted: int) -> None:
         """Takes in how many tokens of a draft were right; none of them is in flight any more."""
         self._shards[sequence.shard].settle(sequence, num_accepted)

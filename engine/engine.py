@@ -1,7 +1,8 @@
 """The engine: requests in from any thread, one loop that steps the device, events out.
 
 The loop plans a step from counts, launches it, and only then reads what the step before sampled,
-so that the device never waits for the host. Only where drafts may pay does it read first.
+so that the device never waits for the host. Only where drafts may pay, or where the host's cores
+are the device, does it read first.
 """
 
 import atexit
@@ -68,7 +69,7 @@ class Engine:
         )
         eos = runtime.model_config.eos_token_ids
         self._committer = Committer(self._scheduler, eos, config.max_unread_tokens)
-        self._stepper = Stepper(runtime, config, self._committer, self.metrics)
+        self._stepper = Stepper(runtime, config, self._scheduler, self._committer, self.metrics)
         seconds = step_seconds(runtime) if config.speculate else {}
         self._speculator = Speculator(self._scheduler, config.num_drafts, seconds)
         self._leases = LeaseTable(config.max_leases, config.max_lease_s)

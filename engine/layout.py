@@ -5,7 +5,7 @@ The host writes through numpy views; the program reads the same fields off the t
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -24,11 +24,14 @@ class Bucket:
     Attributes:
         num_drafts: K, the drafted tokens of a row at most, in a step that verifies some: it samples
             after every token. 0 in other steps, which sample after each row's last token.
+        max_steps: S, the steps that one run of a decode program makes at most, each of them from
+            what the one before it sampled.
     """
 
     num_tokens: int
     num_rows: int
     num_drafts: int = 0
+    max_steps: int = 1
 
     @property
     def has_prefill(self) -> bool:
@@ -58,6 +61,7 @@ class StepInputs:
             verified, bans are [T, W, 2], each token's own.
         targets: in mixed steps, the prompt token that follows each token.
         wants_scores: whether any row's prompt is scored.
+        num_steps: how many steps are made; more than one where all rows decode and sample.
     """
 
     token_ids: Int[Array, "T"]
@@ -68,6 +72,20 @@ class StepInputs:
     rows: SamplingRows
     targets: Int[Array, "T"]
     wants_scores: Bool[Array, ""]
+    num_steps: Int[Array, ""]
+
+    def later(self, num_steps: Int[Array, ""]) -> "StepInputs":
+        """Returns those of a step further on, whose rows go on from what they sampled; traced."""
+        more = jnp.where(self.samples, num_steps, 0)
+        ragged = replace(
+            self.ragged, positions=self.ragged.positions + more, kv_lens=self.ragged.kv_lens + more
+        )
+        return replace(
+            self,
+            ragged=ragged,
+            takes_previous=jnp.where(num_steps > 0, self.samples, self.takes_previous),
+            rows=replace(self.rows, output_index=self.rows.output_index + more),
+        )
 
 
 SAMPLING_FIELDS: dict[str, type] = {
@@ -150,6 +168,7 @@ class Layout:
             rows=rows,
             targets=fields["targets"],
             wants_scores=fields["wants_scores"] != 0,
+            num_steps=fields["num_steps"],
         )
 
     def _fields(self) -> Iterator[tuple[str, tuple[int, ...], type]]:
@@ -168,5 +187,5 @@ class Layout:
         yield "bans", (self.bucket.num_sampled, self.num_bans, 2), np.int32
         for name, dtype in SAMPLING_FIELDS.items():
             yield name, (B,), dtype
-        for name in ("num_requests", "num_decode", "wants_scores"):
+        for name in ("num_requests", "num_decode", "wants_scores", "num_steps"):
             yield name, (), np.int32

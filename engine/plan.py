@@ -1,6 +1,6 @@
 """What a step is to compute: rows of sequences, a part for each data shard."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pallasite.engine.sequence import Sequence, State
 
@@ -50,9 +50,14 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A step: one part for each shard, all of which run the same program."""
+    """A step: one part for each shard, all of which run the same program.
+
+    Attributes:
+        num_steps: how often the program computes the rows, each time from what it sampled before.
+    """
 
     parts: list[Part]
+    num_steps: int = 1
 
     @property
     def rows(self) -> list[Row]:
@@ -108,4 +113,4 @@ def without_ended(plan: Plan) -> Plan | None:
     for part in plan.parts:
         rows = [row for row in part.rows if row.sequence.state is State.RUNNING]
         parts.append(make_part(rows, part.admitted))
-    return make_plan(parts)
+    return replace(plan, parts=parts) if any(part.rows for part in parts) else None

@@ -261,21 +261,23 @@ def use_compile_cache(folder: Path) -> None:
 
 
 def bucket_ladder(
-    max_rows: int, max_tokens: int, least_rows: int, num_drafts: int = 0
+    max_rows: int, max_tokens: int, least_rows: int, num_drafts: int = 0, max_steps: int = 1
 ) -> list[Bucket]:
     """Returns the buckets to compile: decode steps by rows, mixed and verify steps by tokens.
 
     Rows double from `least_rows` up to max_rows; tokens of mixed steps, whose rows are always
     max_rows, quadruple down from max_tokens, since padding a prefill costs less than a program.
     Tokens of verify steps, where there are num_drafts a row at most, double as rows do, up to
-    VERIFIED_A_ROW a row.
+    VERIFIED_A_ROW a row. Programs of decode steps make `max_steps` at most in one run.
     """
     rows = []
     size = least_rows
     while size < max_rows:
         rows.append(size)
         size *= 2
-    buckets = [Bucket(num_tokens=count, num_rows=count) for count in (*rows, max_rows)]
+    buckets = [
+        Bucket(num_tokens=count, num_rows=count, max_steps=max_steps) for count in (*rows, max_rows)
+    ]
     tokens = max_tokens
     while tokens > max_rows:
         buckets.append(Bucket(num_tokens=tokens, num_rows=max_rows))

@@ -36,7 +36,7 @@ from pallasite.models.lora import Adapters
 from pallasite.models.pull import locate
 from pallasite.models.registry import matrix_forms
 from pallasite.models.sharding import DATA_AXIS
-from pallasite.models.weights import Matrix, declared_weights
+from pallasite.models.weights import holds_strips
 from pallasite.pallas_kernels.paged_attention import PagedCache
 
 Progress = Callable[[str], None]
@@ -76,8 +76,7 @@ class Runtime:
     @cached_property
     def uses_all_cores(self) -> bool:
         """Whether a step takes the very cores that the host's part of the next one needs."""
-        weights = declared_weights(self._spec.model)
-        return any(isinstance(weight, Matrix) and weight.in_strips for _, weight in weights)
+        return holds_strips(self._spec.model)
 
     @property
     def weight_forms(self) -> dict[str, str]:
@@ -173,7 +172,7 @@ class Runtime:
     def run(self, bucket: Bucket, words: np.ndarray) -> tuple[jax.Array, jax.Array]:
         """Launches a step on the words `[d, W]` of d data shards.
 
-        Returns its results `[d, B, R]` and its prompt scores `[d, T, R]`, still on the devices.
+        Returns its results `[d, S, B, R]` and its prompt scores `[d, T, R]`, still on the devices.
         """
         assert self._adapters is not None
         assert self._cache is not None

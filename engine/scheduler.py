@@ -182,6 +182,21 @@ class Scheduler:
             draft = draft[:room]
         return replace(row, num_tokens=row.num_tokens + len(draft), draft=draft)
 
+    def can_go_on(self, rows: list[Row], num_more: int) -> bool:
+        """Whether there are free pages for so many more tokens of each planned row."""
+        num_missing = sum(self._num_missing(row.sequence, num_more) for row in rows)
+        return num_missing <= self.pool.num_free
+
+    def go_on(self, rows: list[Row], num_more: int) -> None:
+        """Has planned rows sample so many more tokens, each from the one before it."""
+        for row in rows:
+            sequence = row.sequence
+            is_extended = self._extend_if_free(sequence, num_more)
+            assert is_extended, "can_go_on() comes first"
+            sequence.num_computed += num_more
+            sequence.num_sampled += num_more
+            self.num_tokens += num_more
+
     def settle(self, sequence: Sequence, num_accepted: int) -> None:
         """Takes in how many tokens of a row's draft were right; pages of the others come back."""
         sequence.num_computed += num_accepted

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from pallasite.engine.layout import Layout
+from pallasite.engine.layout import Layout, StepInputs
 from pallasite.engine.sampler import NUM_TOP, Sampled, sample, score_tokens
 from pallasite.engine.sampler_state import SamplerState, count_fed
 from pallasite.engine.verification import accept, drafts_of, each_token
@@ -28,7 +28,7 @@ RESULT_WIDTH = 3 + 2 * NUM_TOP
 
 StepFunction = Callable[
     [list[jax.Array], Adapters, PagedCache, SamplerState, Int[Array, "1 W"]],
-    tuple[PagedCache, SamplerState, Int[Array, "1 B R"], Int[Array, "1 T R"]],
+    tuple[PagedCache, SamplerState, Int[Array, "1 S B R"], Int[Array, "1 T R"]],
 ]
 
 
@@ -36,9 +36,10 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
     """Returns what each device does in the step of one bucket, for `jax.shard_map`.
 
     It maps (weights, adapters, cache, sampler state, words of `layout`) to (cache, sampler state,
-    results [1, B, RESULT_WIDTH] of the rows, scores [1, T, RESULT_WIDTH] of the prompts), all
-    results as i32 words. Its data shard's are the first axis's one entry. `structure` puts the
-    leaves `weights` together to the model. Where drafts are verified, results are of every token.
+    results [1, S, B, RESULT_WIDTH] of each step's rows, scores [1, T, RESULT_WIDTH] of the
+    prompts), all results as i32 words. Its data shard's are the first axis's one entry. `structure`
+    puts the leaves `weights` together to the model. Where drafts are verified, results are of every
+    token. Of results only those of the steps that were made mean anything.
     """
 
     def step(
@@ -50,6 +51,30 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
     ) -> tuple[PagedCache, SamplerState, Array, Array]:
         model: Decoder = jax.tree.unflatten(structure, weights)
         inputs = layout.unpack(words[0])
+        if layout.bucket.max_steps == 1:
+            cache, state, sampled, scores = once(model, adapters, cache, state, inputs)
+            return cache, state, sampled[None, None], scores[None]
+
+        def body(
+            index: Int[Array, ""], carry: tuple[PagedCache, SamplerState, Array]
+        ) -> tuple[PagedCache, SamplerState, Array]:
+            cache, state, results = carry
+            own = inputs.later(index)
+            cache, state, sampled, _ = once(model, adapters, cache, state, own)
+            return cache, state, results.at[index].set(sampled)
+
+        shape = (layout.bucket.max_steps, layout.bucket.num_rows, RESULT_WIDTH)
+        carry = (cache, state, jnp.zeros(shape, jnp.int32))
+        cache, state, results = jax.lax.fori_loop(0, inputs.num_steps, body, carry)
+        return cache, state, results[None], jnp.zeros((1, 0, RESULT_WIDTH), jnp.int32)
+
+    def once(
+        model: Decoder,
+        adapters: Adapters,
+        cache: PagedCache,
+        state: SamplerState,
+        inputs: StepInputs,
+    ) -> tuple[PagedCache, SamplerState, Array, Array]:
         ragged, rows = inputs.ragged, inputs.rows
         first = jnp.where(
             inputs.takes_previous, ragged.query_starts[:-1], inputs.token_ids.shape[0]
@@ -77,7 +102,7 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
                 lambda: _score(model, hidden, inputs.targets),
                 lambda: jnp.zeros((hidden.shape[0], RESULT_WIDTH), jnp.int32),
             )
-        return cache, state, _pack(sampled)[None], scores[None]
+        return cache, state, _pack(sampled), scores
 
     return step
 

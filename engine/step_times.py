@@ -62,4 +62,5 @@ def _fill(views: dict[str, np.ndarray], bucket: Bucket, runtime: Runtime) -> Non
     table[:] = np.arange(table.size).reshape(table.shape) % num_pages
     views["adapter_slot"].fill(-1)
     views["num_requests"][...] = num_requests
+    views["num_steps"][...] = 1
     views["num_decode"][...] = np.sum(counts == 1)

@@ -5,15 +5,19 @@ loop's, in `engine/engine.py`.
 """
 
 import logging
+import time
 from dataclasses import dataclass
 
 import jax
 import numpy as np
 
 from pallasite.engine.batch_builder import BatchBuilder
+from pallasite.engine.bursts import Bursts
 from pallasite.engine.commit import Committer, Grant
 from pallasite.engine.config import EngineConfig
+from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.errors import internal_error
+from pallasite.engine.layout import Bucket
 from pallasite.engine.metrics import EngineMetrics
 from pallasite.engine.plan import Plan, without_ended
 from pallasite.engine.programs import EDIT_TOKENS
@@ -29,20 +33,28 @@ class Launched:
     """A step on the device, and the plan it runs."""
 
     plan: Plan
+    bucket: Bucket
     results: jax.Array
     scores: jax.Array | None
+    started_s: float
 
 
 class Stepper:
     """Runs plans on a runtime, and counts what they cost."""
 
     def __init__(
-        self, runtime: Runtime, config: EngineConfig, committer: Committer, metrics: EngineMetrics
+        self,
+        runtime: Runtime,
+        config: EngineConfig,
+        scheduler: Dispatcher,
+        committer: Committer,
+        metrics: EngineMetrics,
     ) -> None:
         num_slots = config.max_requests // runtime.num_shards
         self._runtime = runtime
         self._builder = BatchBuilder(runtime.layouts, runtime.num_shards, num_slots)
         self._committer = committer
+        self._bursts = Bursts(scheduler)
         self._metrics = metrics
 
     def launch(self, plan: Plan) -> Launched | None:
@@ -58,8 +70,11 @@ class Stepper:
         # The one read of a step. Scores, which few steps have, are read beside it.
         results = np.asarray(launched.results)
         scores = None if launched.scores is None else np.asarray(launched.scores)
-        num_tokens = self._committer.commit(launched.plan, results, scores, grant)
-        self._metrics.generation_tokens += num_tokens
+        plan = launched.plan
+        self._bursts.note(launched.bucket, plan.num_steps, time.monotonic() - launched.started_s)
+        for step in range(plan.num_steps):
+            num_tokens = self._committer.commit(plan, results[:, step], scores, grant)
+            self._metrics.generation_tokens += num_tokens
         self._metrics.accepted_tokens = self._committer.accepted_tokens
 
     def _prepare(self, plan: Plan) -> Plan | None:
@@ -81,14 +96,23 @@ class Stepper:
             self._runtime.edit(edit, sequence.shard)
 
     def _run(self, plan: Plan) -> Launched:
+        started_s = time.monotonic()
         bucket = self._runtime.bucket_for(plan)
+        plan = self._bursts.extended(plan, bucket)
         words = self._builder.build(plan, bucket, self._runtime.model_config.eos_token_ids)
         results, scores = self._runtime.run(bucket, words)
         results.copy_to_host_async()
-        self._metrics.num_steps += 1
+        self._metrics.num_steps += plan.num_steps
         drafts = [len(row.draft) for row in plan.rows if row.draft]
         self._metrics.num_drafts += len(drafts)
         self._metrics.draft_tokens += sum(drafts)
-        self._metrics.padded_tokens += len(plan.parts) * bucket.num_tokens - plan.num_tokens
+        num_padded = len(plan.parts) * bucket.num_tokens - plan.num_tokens
+        self._metrics.padded_tokens += plan.num_steps * num_padded
         has_scores = any(row.sequence.needs_scores for row in plan.rows)
-        return Launched(plan=plan, results=results, scores=scores if has_scores else None)
+        return Launched(
+            plan=plan,
+            bucket=bucket,
+            results=results,
+            scores=scores if has_scores else None,
+            started_s=started_s,
+        )

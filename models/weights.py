@@ -262,6 +262,12 @@ def declared_weights(model: nnx.Module) -> Iterator[tuple[str, Declared]]:
         yield ".".join(str(getattr(key, "name", key)) for key in path), weight
 
 
+def holds_strips(model: nnx.Module) -> bool:
+    """Whether any matrix lies as the CPU's bodies read it."""
+    weights = declared_weights(model)
+    return any(isinstance(weight, Matrix) and weight.in_strips for _, weight in weights)
+
+
 def named_weights(model: nnx.Module) -> Iterator[tuple[str, Weight]]:
     """Yields every array with its dotted path, in the order of `jax.tree.leaves(model)`."""
     leaves = jax.tree_util.tree_flatten_with_path(model, is_leaf=lambda x: isinstance(x, Weight))

@@ -108,5 +108,6 @@ def test_a_part_without_rows_is_a_batch_of_no_request():
         views = LAYOUT.views(words[shard])
         minus = {name: views.pop(name) for name in ("bans", "num_logprobs", "adapter_slot")}
         assert all((field == -1).all() for field in minus.values())
+        assert views.pop("num_steps") == 1, "all shards go round as often"
         assert {name: field.any() for name, field in views.items()} == dict.fromkeys(views, False)
     assert LAYOUT.views(words[1])["num_requests"] == 2

@@ -60,12 +60,13 @@ class ToyRuntime(Runtime):
     uses_all_cores = False
     weight_forms = None
 
-    def __init__(self, config: EngineConfig, num_shards: int) -> None:
+    def __init__(self, config: EngineConfig, num_shards: int, max_steps: int = 1) -> None:
         deployment = plan_deployment(TINY, config)
         spec = deployment.program_spec()
         [any_layout, *_] = spec.layouts.values()
         self.num_slots = config.max_requests // num_shards
-        buckets = bucket_ladder(self.num_slots, config.max_batch_tokens // num_shards, 1)
+        num_tokens = config.max_batch_tokens // num_shards
+        buckets = bucket_ladder(self.num_slots, num_tokens, 1, max_steps=max_steps)
         self.layouts = {
             bucket: Layout(
                 bucket=bucket,
@@ -78,6 +79,7 @@ class ToyRuntime(Runtime):
         self.cache_spec = deployment.cache_spec
         self.max_context_len = deployment.max_context_len
         self.num_rows: list[list[int]] = []
+        self.num_steps: list[int] = []
         self._num_shards = num_shards
         self.reset()
 
@@ -102,10 +104,17 @@ class ToyRuntime(Runtime):
     def run(self, bucket, words):
         layout = self.layouts[bucket]
         assert words.shape == (self.num_shards, layout.num_words)
-        results = np.zeros((self.num_shards, bucket.num_rows, RESULT_WIDTH), np.int32)
+        shape = (self.num_shards, bucket.max_steps, bucket.num_rows, RESULT_WIDTH)
+        results = np.zeros(shape, np.int32)
         scores = np.zeros((self.num_shards, bucket.num_tokens, RESULT_WIDTH), np.int32)
         for shard in range(self.num_shards):
-            self._run_shard(shard, layout.views(words[shard]), results[shard], scores[shard])
+            views = {name: view.copy() for name, view in layout.views(words[shard]).items()}
+            for step in range(int(views["num_steps"])):
+                if step:
+                    _go_on(views)
+                self._run_shard(shard, views, results[shard, step], scores[shard])
+        [num_steps] = {int(layout.views(w)["num_steps"]) for w in words}
+        self.num_steps.append(num_steps)
         self.num_rows.append([int(layout.views(w)["num_requests"]) for w in words])
         return jax.device_put(results), jax.device_put(scores)
 
@@ -147,6 +156,16 @@ class ToyRuntime(Runtime):
         positions = np.arange(row["kv_lens"])
         pages = row["page_table"][positions // self.page_size]
         return self._tokens[shard, pages, positions % self.page_size].tolist()
+
+
+def _go_on(views):
+    """Makes of a step's inputs those of the next, of what this one sampled."""
+    count = int(views["num_requests"])
+    assert views["num_decode"] == count
+    assert views["samples"][:count].all()
+    for name in ("positions", "kv_lens", "output_index"):
+        views[name][:count] += 1
+    views["takes_previous"][:count] = True
 
 
 def _bits(value):
