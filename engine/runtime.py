@@ -1,10 +1,8 @@
 """One model on its devices: weights, cache, sampler state and the programs that run them."""
 
 import contextlib
-import ctypes
 import gc
 import logging
-import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +17,7 @@ from pallasite.engine.compile_process import compile_apart
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.deployment import Deployment, devices_for, plan_deployment
 from pallasite.engine.errors import adapter_memory_error, lost_adapters_error, placing_error
+from pallasite.engine.host_memory import keep_freed_memory, return_freed_memory
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan
 from pallasite.engine.planner import MemoryPlan, cache_limit, memory_limit, pages_that_fit
@@ -218,7 +217,7 @@ def load_runtime(model: Path | str, config: EngineConfig, progress: Progress) ->
             with _room_for(plan):
                 loaded = loading.result()
         plan.check()
-        _return_freed_memory()
+        _tidy_up(deployment.cache_spec.target.platform)
         prepared = time.monotonic()
         spec = replace(spec, model=loaded)
         with _room_for(plan):
@@ -302,16 +301,13 @@ def _take(programs: Programs, file: ProgramFile, progress: Progress) -> bool:
     return True
 
 
-def _return_freed_memory() -> None:
-    """Gives back what tracing, compiling and loading left behind: hundreds of megabytes.
-
-    The C library keeps freed memory for itself unless it is told to return it; only glibc can be.
-    """
+def _tidy_up(platform: str) -> None:
+    """Gives back what tracing, compiling and loading left behind: hundreds of megabytes."""
     jax.clear_caches()
     gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    return_freed_memory()
+    if platform == "cpu":
+        keep_freed_memory()
 
 
 def _load(deployment: Deployment, checkpoint: Checkpoint, progress: Progress) -> Decoder:

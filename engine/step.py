@@ -88,12 +88,13 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
         if num_drafts := layout.bucket.num_drafts:
             drafts = drafts_of(token_ids, ragged, num_drafts)
             tokens, is_live = each_token(inputs, drafts, token_ids)
-            _, sampled = sample(unembed(model, hidden), tokens, state, is_live, model.target)
+            logits = unembed(model, hidden, ragged.query_starts[-1])
+            _, sampled = sample(logits, tokens, state, is_live, model.target)
             state = accept(inputs, drafts, state, sampled.token_ids)
         else:
             last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
             rows = replace(rows, last_token=token_ids[last])
-            logits = unembed(model, hidden[last])
+            logits = unembed(model, hidden[last], ragged.num_requests)
             state, sampled = sample(logits, rows, state, inputs.samples, model.target)
         scores = jnp.zeros((0, RESULT_WIDTH), jnp.int32)
         if layout.bucket.has_prefill:

@@ -133,8 +133,10 @@ def embed(model: Decoder, token_ids: Int[Array, "T"]) -> Float[Array, "T D"]:
     return layers.embed(token_ids, model.embedding) * model.embedding_scale
 
 
-def unembed(model: Decoder, hidden: Float[Array, "T D"]) -> Float[Array, "T V"]:
-    """Returns the logits of normed hidden states."""
+def unembed(
+    model: Decoder, hidden: Float[Array, "T D"], count: Int[Array, ""] | None = None
+) -> Float[Array, "T V"]:
+    """Returns the logits of normed hidden states; of the first `count`, where that is given."""
     with jax.named_scope("unembed"):
         head = model.embedding if model.head is None else model.head
-        return layers.unembed(hidden, head, model.config.vocab_size)
+        return layers.unembed(hidden, head, model.config.vocab_size, count)

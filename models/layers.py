@@ -13,7 +13,14 @@ from pallasite.models.config import LinearRope, Llama3Rope, LongRope, ModelConfi
 from pallasite.models.sharding import MODEL_AXIS, RULES, sum_over
 from pallasite.models.weights import Declare, Matrix
 from pallasite.pallas_kernels.paged_attention import Rope
-from pallasite.pallas_kernels.quantized_matmul import dequantize, quantized_matmul, rows_of
+from pallasite.pallas_kernels.quantized_matmul import (
+    Fused,
+    dequantize,
+    fused_matmul,
+    fuses,
+    quantized_matmul,
+    rows_of,
+)
 from pallasite.pallas_kernels.storage import decode
 
 
@@ -60,9 +67,18 @@ def embed(token_ids: Int[Array, "T"], embedding: Matrix) -> Float[Array, "T D"]:
     return sum_over(jnp.where(is_here[:, None], values, 0.0), MODEL_AXIS)
 
 
-def unembed(hidden: Float[Array, "T D"], head: Matrix, vocab_size: int) -> Float[Array, "T V"]:
-    """Returns the logits of all tokens, on every device, from an output head `[V, D]`."""
-    logits = fine_linear(hidden, head)
+def unembed(
+    hidden: Float[Array, "T D"], head: Matrix, vocab_size: int, count: Int[Array, ""] | None = None
+) -> Float[Array, "T V"]:
+    """Returns the logits of all tokens, on every device, from an output head `[V, D]`.
+
+    Of `count` tokens where only the first ones are in use; the others' may then be anything finite.
+    """
+    product = head.product()
+    if head.form.quantizes_inputs and fuses(product):
+        logits = fused_matmul(hidden, [product], Fused(count=count))
+    else:
+        logits = fine_linear(hidden, head)
     if jax.lax.axis_size(MODEL_AXIS) > 1:
         logits = jax.lax.all_gather(logits, MODEL_AXIS, axis=1, tiled=True)
     return logits[:, :vocab_size]

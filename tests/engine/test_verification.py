@@ -65,6 +65,7 @@ def inputs_of(rng, samples=(True,) * B):
         rows=rows,
         targets=jnp.zeros(T, jnp.int32),
         wants_scores=jnp.bool_(False),
+        num_steps=jnp.int32(1),
     )
 
 
