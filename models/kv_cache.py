@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from pallasite.models.partition import Partition
 from pallasite.models.sharding import DATA_AXIS, sharding
+from pallasite.pallas_kernels.large_zeros import large_zeros
 from pallasite.pallas_kernels.paged_attention import PagedCache, refused_pages
 from pallasite.pallas_kernels.storage import storage_dtype
 from pallasite.pallas_kernels.target import Target
@@ -82,6 +83,6 @@ class CacheSpec:
     def allocate(self, mesh: Mesh) -> PagedCache:
         """Returns an empty cache, each device holding its part only."""
         return jax.tree.map(
-            lambda leaf: jnp.zeros(leaf.shape, leaf.dtype, device=leaf.sharding),
+            lambda leaf: large_zeros(leaf.shape, leaf.dtype, leaf.sharding, self.target),
             self.abstract(mesh),
         )

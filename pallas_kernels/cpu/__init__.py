@@ -14,11 +14,13 @@ import jax
 MULTIPLY = "pallasite_multiply"
 ATTEND = "pallasite_attend"
 FIND_PEAKS = "pallasite_find_peaks"
+CLEAR = "pallasite_clear"
 
 _SYMBOLS = {
     MULTIPLY: "PallasiteMultiply",
     ATTEND: "PallasiteAttend",
     FIND_PEAKS: "PallasiteFindPeaks",
+    CLEAR: "PallasiteClear",
 }
 
 
@@ -58,6 +60,11 @@ def _load() -> ctypes.CDLL | None:
     library.pallasite_runs.argtypes = [ctypes.c_char_p]
     library.pallasite_runs.restype = ctypes.c_bool
     for target, symbol in _SYMBOLS.items():
+        if not hasattr(library, symbol):
+            raise RuntimeError(
+                f"got {path} without {symbol}; it was built from older sources; build it again:"
+                " `pip install --editable .`"
+            )
         handler = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(target, handler, platform="cpu")
     return library

@@ -22,6 +22,7 @@ extern "C" {
 XLA_FFI_Error* PallasiteMultiply(XLA_FFI_CallFrame*);
 XLA_FFI_Error* PallasiteAttend(XLA_FFI_CallFrame*);
 XLA_FFI_Error* PallasiteFindPeaks(XLA_FFI_CallFrame*);
+XLA_FFI_Error* PallasiteClear(XLA_FFI_CallFrame*);
 bool pallasite_runs(const char* name);
 }
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "attention.h"
+#include "clear.h"
 #include "host.h"
 #include "numbers.h"
 #include "peaks.h"
@@ -33,6 +34,7 @@ void run(const std::string& instructions, int64_t num_cases, uint64_t seed) {
       last = check::check_product(instructions, random, pool);
       last = check::check_attention(instructions, random, pool);
       last = check::check_peaks(instructions, random, pool);
+      last = check::check_clear(random, pool);
       if (index % 10 == 0) {
         last = "products with something wrong";
         num_refused += check::refuse_products(instructions, random, pool);
