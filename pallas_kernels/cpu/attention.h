@@ -233,6 +233,8 @@ struct Ahead {
   int64_t position;
   int64_t num_pieces;
   int64_t next = 0;
+  int64_t size = 0;
+  const std::byte* at[2] = {nullptr, nullptr};
 
   static Ahead of(const Attention& a, const Task* task, int64_t position) {
     if (task == nullptr) return {a, nullptr, 0, 0};
@@ -241,15 +243,20 @@ struct Ahead {
     return {a, task, position, (count + kLanes - 1) / kLanes * task->num_kv_heads};
   }
 
+  // Fetches a share of a piece: an eighth, whose keys or values follow one another.
   void fetch() {
-    if (next >= num_pieces) return;
-    const int64_t head = task->first_kv_head + next % task->num_kv_heads;
-    const int64_t key = position + next / task->num_kv_heads * kLanes;
-    const int64_t size = kLanes * a.cache.head_width * item_size(a.cache.type);
-    const Rows keys = find_rows(a, task->request, head, 0, key);
-    const Rows values = find_rows(a, task->request, head, 1, key);
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(keys.values + i, 0, 2);
-    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(values.values + i, 0, 2);
+    if (next >= 8 * num_pieces) return;
+    const int64_t piece = next / 8, part = next % 8;
+    if (part == 0) {
+      const int64_t num_strips = num_pieces / task->num_kv_heads;
+      const int64_t head = task->first_kv_head + piece / num_strips;
+      const int64_t key = position + piece % num_strips * kLanes;
+      size = kLanes * a.cache.head_width * item_size(a.cache.type);
+      at[0] = find_rows(a, task->request, head, 0, key).values;
+      at[1] = find_rows(a, task->request, head, 1, key).values;
+    }
+    const std::byte* begin = at[part / 4] + part % 4 * size / 4;
+    for (int64_t i = 0; i < size / 4; i += 64) __builtin_prefetch(begin + i, 0, 2);
     ++next;
   }
 };
@@ -277,7 +284,7 @@ PALLASITE_INLINE const uint16_t* as_halves(const Block& block, CacheType type, c
 // Packs sixteen keys and values of a block, `count` of which there are.
 PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_head,
                                 const Block& block, int64_t strip, int64_t position,
-                                int64_t count) {
+                                int64_t count, Ahead& ahead) {
   const int64_t width = block.head_width;
   const Rows keys = find_rows(a, request, kv_head, 0, position);
   const Rows values = find_rows(a, request, kv_head, 1, position);
@@ -297,6 +304,7 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
   auto* packed = reinterpret_cast<uint32_t*>(block.keys) + strip * width / 2 * kLanes;
   int64_t column = 0;
   for (; column + kLanes <= width / 2; column += kLanes) {
+    ahead.fetch();
     transpose_words(words + column, width / 2, packed + column * kLanes);
   }
   for (; column < width / 2; ++column) {
@@ -307,6 +315,7 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
   halves = as_halves(block, a.cache.type, values, count);
   auto* channels = reinterpret_cast<uint16_t*>(block.values);
   for (int64_t row = 0; row < kLanes; row += 2) {
+    if (row < 12) ahead.fetch();
     for (int64_t channel = 0; channel < width; channel += kLanes) {
       const int64_t pair = strip * kLanes / 2 + row / 2;
       interleave_halves(halves + row * width + channel, halves + (row + 1) * width + channel,
@@ -414,9 +423,8 @@ PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t
   const int64_t num_strips = (seen + kLanes - 1) / kLanes;
   for (int64_t strip = 0; strip < num_strips; ++strip) {
     const int64_t count = seen - strip * kLanes;
-    ahead.fetch();
     pack_rows(a, task.request, kv_head, block, strip, begin + strip * kLanes,
-              count < kLanes ? count : kLanes);
+              count < kLanes ? count : kLanes, ahead);
   }
   for_tiles(block.num_rows, num_strips, ScoreTile{block, is_wide});
   for (int64_t row = 0; row < block.num_rows; ++row) {

@@ -92,12 +92,16 @@ const float* take_norm(Arguments& args, int64_t layer, int64_t num_inputs) {
 }
 
 // Rows of x that are multiplied before the next ones: they stay in the second-level cache while all
-// strips pass.
-int64_t rows_at_once(const Product& product) {
-  constexpr int64_t kBytes = 384 << 10;
+// strips pass. Where there are many, each thread has rows of its own: what it has rounded, and what
+// it writes for the next operation, is then seldom another's, whose caches may be far away.
+int64_t rows_at_once(const Product& product, int64_t num_rows, int64_t num_threads) {
+  constexpr int64_t kBytes = 384 << 10, kFewest = 4 * kTileRows;
   const bool is_bfloat16 = product.matrices[0].kind == Kind::kBfloat16;
   const int64_t row_bytes = product.x.num_inputs * (is_bfloat16 ? 2 : 1);
-  return std::max<int64_t>(kBytes / row_bytes / kTileRows, 1) * kTileRows;
+  const int64_t num_blocks = std::max<int64_t>(std::min(num_threads, num_rows / kFewest), 1);
+  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  const int64_t most = std::max<int64_t>(kBytes / row_bytes / kTileRows, 1);
+  return std::min(most, (num_tiles + num_blocks - 1) / num_blocks) * kTileRows;
 }
 
 // Strips of a chunk: enough work, some microseconds, for taking it not to show.
@@ -132,7 +136,7 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
   const int64_t num_parts = product.is_gated ? 1 : product.num_matrices;
   int64_t num_strips = 0;
   for (int64_t i = 0; i < num_parts; ++i) num_strips += product.matrices[i].num_strips;
-  const int64_t rows = std::min(rows_at_once(product), num_rows);
+  const int64_t rows = std::min(rows_at_once(product, num_rows, call.num_threads()), num_rows);
   const int64_t num_blocks = (num_rows + rows - 1) / rows;
   const int64_t strips = strips_at_once(product, std::min(rows, num_rows));
   const int64_t num_chunks = (num_strips + strips - 1) / strips;
