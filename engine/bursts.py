@@ -3,13 +3,16 @@
 Where the cores that compute are the host's own, every launch keeps them from computing while the
 host reads, decides and launches. Steps that only decode need nothing of it in between: what one
 samples is what the next one is fed. So a launch makes several, as long as nobody has to wait for
-it: a request that arrives meanwhile is taken in after the last of them.
+it: a request that arrives meanwhile is taken in after the last of them. Nor may their tokens, which
+come to a reader together, be more than it may lag.
 """
+
+from collections import Counter
 
 from pallasite.engine.batch_builder import may_ban
 from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.layout import Bucket
-from pallasite.engine.plan import Plan
+from pallasite.engine.plan import Plan, Row
 
 MAX_STEPS = 8
 """The most that a program makes in one launch."""
@@ -19,14 +22,18 @@ LONGEST_S = 0.05
 
 
 class Bursts:
-    """Chooses how many steps a launch makes, and learns how long they take."""
+    """Chooses how many steps a launch makes, and learns how long they take.
 
-    def __init__(self, scheduler: Dispatcher) -> None:
+    `max_unread_tokens` are those that a stream's reader may lag.
+    """
+
+    def __init__(self, scheduler: Dispatcher, max_unread_tokens: int) -> None:
         self._scheduler = scheduler
+        self._max_unread_tokens = max_unread_tokens
         self._step_s: dict[Bucket, float] = {}
 
     def note(self, bucket: Bucket, num_steps: int, seconds: float) -> None:
-        """Takes in how long a launch took."""
+        """Takes in how long a launch of so many steps took, from its words to its results."""
         step_s = seconds / num_steps
         known_s = self._step_s.get(bucket, step_s)
         self._step_s[bucket] = known_s + (step_s - known_s) / 8
@@ -47,4 +54,16 @@ class Bursts:
             return 1
         num_unsampled = min(row.sequence.num_unsampled for row in rows)
         in_time = int(LONGEST_S / self._step_s[bucket])
-        return min(bucket.max_steps, 1 + num_unsampled, in_time)
+        return min(bucket.max_steps, 1 + num_unsampled, in_time, self._num_readable(rows))
+
+    def _num_readable(self, rows: list[Row]) -> int:
+        """Returns after how many steps no reader lags too far, if none reads meanwhile."""
+        counts = Counter(row.sequence.group.stream for row in rows)
+        return min(
+            (
+                (self._max_unread_tokens - stream.num_unread) // num_rows
+                for stream, num_rows in counts.items()
+                if stream.is_bounded
+            ),
+            default=MAX_STEPS,
+        )

@@ -54,7 +54,7 @@ class Stepper:
         self._runtime = runtime
         self._builder = BatchBuilder(runtime.layouts, runtime.num_shards, num_slots)
         self._committer = committer
-        self._bursts = Bursts(scheduler)
+        self._bursts = Bursts(scheduler, config.max_unread_tokens)
         self._metrics = metrics
 
     def launch(self, plan: Plan) -> Launched | None:

@@ -9,10 +9,19 @@ from pallasite.engine import Engine, EngineConfig, FinishReason, Request, Sampli
 from pallasite.engine.bursts import Bursts
 from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.layout import Bucket
+from pallasite.engine.request import TokenEvent
 from pallasite.engine.sequence import new_group
 from pallasite.engine.stream import TokenStream
+from pallasite.models.sharding import MeshShape
 from pallasite.pallas_kernels.cpu import best_instructions
-from tests.engine.harness import assert_quiet, greedy, random_params, random_prompt, tokens
+from tests.engine.harness import (
+    assert_quiet,
+    greedy,
+    random_params,
+    random_prompt,
+    stepped,
+    tokens,
+)
 from tests.engine.toy_runtime import EOS, ToyRuntime, answers
 
 CONFIG = EngineConfig(
@@ -81,15 +90,30 @@ def test_a_reader_who_leaves_ends_a_request_within_a_burst(rng):
         assert tokens(engine.generate([request])) == [answers(request)]
 
 
-def planned(*params, num_pages=64, num_more_waiting=0):
+def test_tokens_that_come_together_do_not_end_a_reader_who_takes_them_at_once(rng, monkeypatch):
+    request = greedy(random_prompt(rng, 10), max_tokens=20, ignore_eos=True)
+    with toy_engine(1, replace(CONFIG, max_unread_tokens=4)) as engine:
+        with stepped(engine, monkeypatch) as gate:
+            stream = engine.submit(request)
+            events = []
+            while not stream.is_complete:
+                gate.step()
+                if stream.num_unread:
+                    events.append(next(iter(stream)))
+        assert sum((event.token_ids for event in events), ()) == answers(request)
+        assert events[-1].finish.reason is FinishReason.LENGTH
+        assert max(engine._runtime.num_steps) == 4
+
+
+def planned(*params, num_pages=64, num_more_waiting=0, max_unread_tokens=1000):
     """Bursts, and a plan of decode steps of requests with these parameters."""
-    scheduler = Dispatcher(1, num_pages, 16, len(params), 64)
+    scheduler = Dispatcher(1, num_pages, 16, sum(one.n for one in params), 64)
     for index, one in enumerate((*params, *[SamplingParams(max_tokens=9)] * num_more_waiting)):
         request = Request(prompt_ids=(1, 2, 3), params=one)
-        [sequence] = new_group(request, TokenStream("", 1), index, None).sequences
-        scheduler.add(sequence)
+        for sequence in new_group(request, TokenStream("", one.n), index, None).sequences:
+            scheduler.add(sequence)
     assert scheduler.schedule(0.0).has_prefill
-    return Bursts(scheduler), scheduler.schedule(0.0)
+    return Bursts(scheduler, max_unread_tokens), scheduler.schedule(0.0)
 
 
 LONG = SamplingParams(max_tokens=100)
@@ -147,6 +171,24 @@ def test_while_a_request_waits_there_is_one_step_at_a_time():
     assert bursts.extended(plan, BUCKET).num_steps == 1
 
 
+@pytest.mark.parametrize(
+    ("num_unread", "num_steps"), [(0, 8), (12, 8), (13, 7), (18, 2), (19, 1), (20, 1)]
+)
+def test_no_reader_lags_too_far_after_a_burst(num_unread, num_steps):
+    bursts, plan = planned(LONG, LONG, max_unread_tokens=20)
+    bursts.note(BUCKET, 1, 0.001)
+    stream = plan.rows[0].sequence.group.stream
+    stream.put(TokenEvent(index=0, token_ids=(1,) * num_unread))
+    assert bursts.extended(plan, BUCKET).num_steps == num_steps
+
+
+def test_completions_of_one_request_share_what_its_reader_may_lag():
+    bursts, plan = planned(replace(LONG, n=3), LONG, max_unread_tokens=20)
+    bursts.note(BUCKET, 1, 0.001)
+    assert [row.sequence.index for row in plan.rows] == [0, 1, 2, 0]
+    assert bursts.extended(plan, BUCKET).num_steps == 6
+
+
 def test_without_free_pages_for_all_steps_there_is_one():
     bursts, plan = planned(SamplingParams(max_tokens=12), num_pages=1)
     bursts.note(BUCKET, 1, 0.001)
@@ -162,14 +204,15 @@ def test_without_free_pages_for_all_steps_there_is_one():
 
 
 @pytest.mark.skipif(not best_instructions(), reason="this installation has no bodies for the CPU")
-def test_a_model_answers_as_it_does_step_by_step(engines, rng, monkeypatch):
-    config = replace(CONFIG, quantize=(("", "q8_0"),))
+@pytest.mark.parametrize("mesh", [MeshShape(), MeshShape(data=2, model=2)], ids=str)
+def test_a_model_answers_as_it_does_step_by_step(engines, rng, monkeypatch, mesh):
+    config = replace(CONFIG, quantize=(("", "q8_0"),), mesh=mesh)
     requests = [
         Request(
             prompt_ids=random_prompt(rng, int(rng.integers(1, 40))),
             params=replace(random_params(rng, 40), bad_words=(), seed=7),
         )
-        for _ in range(40)
+        for _ in range(20)
     ]
     monkeypatch.setattr(bursts, "LONGEST_S", 0.0)
     with engines.fresh(config) as engine:

@@ -57,7 +57,6 @@ def answers(request: Request) -> tuple[int, ...]:
 class ToyRuntime(Runtime):
     """Runs the words of a step row by row. No program is compiled."""
 
-    uses_all_cores = False
     weight_forms = None
 
     def __init__(self, config: EngineConfig, num_shards: int, max_steps: int = 1) -> None:
@@ -80,6 +79,7 @@ class ToyRuntime(Runtime):
         self.max_context_len = deployment.max_context_len
         self.num_rows: list[list[int]] = []
         self.num_steps: list[int] = []
+        self.uses_all_cores = max_steps > 1
         self._num_shards = num_shards
         self.reset()
 
