@@ -292,6 +292,8 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
     const auto* words = reinterpret_cast<const uint32_t*>(keys.values);
     auto* packed = reinterpret_cast<uint32_t*>(block.keys) + strip * width * kLanes;
     for (int64_t column = 0; column < width; column += kLanes) {
+      ahead.fetch();
+      ahead.fetch();
       transpose_words(words + column, width, packed + column * kLanes);
     }
     std::byte* copied = block.values + strip * kLanes * width * 4;
