@@ -369,7 +369,7 @@ PALLASITE_INLINE void weigh(const Attention& a, const Block& block, int64_t row,
     if (a.cache.type == CacheType::kFloat32) {
       store(reinterpret_cast<float*>(block.weights) + row * block.most_keys + key, weights);
     } else {
-      store_bfloat16(reinterpret_cast<uint16_t*>(block.weights) + row * block.most_keys + key, weights);
+      store_for_dot(reinterpret_cast<uint16_t*>(block.weights) + row * block.most_keys + key, weights);
     }
   }
   const float factor = before == nothing ? 0.0f : __builtin_expf(before - now);
@@ -404,7 +404,7 @@ PALLASITE_INLINE void start(const Attention& a, const Task& task, int64_t kv_hea
       if (a.cache.type == CacheType::kFloat32) {
         store(reinterpret_cast<float*>(block.queries) + row * width + i, scaled);
       } else {
-        store_bfloat16(reinterpret_cast<uint16_t*>(block.queries) + row * width + i, scaled);
+        store_for_dot(reinterpret_cast<uint16_t*>(block.queries) + row * width + i, scaled);
       }
       store(block.mixed + row * width + i, zeros());
     });

@@ -256,7 +256,7 @@ PALLASITE_INLINE void round_row(const Value& value, bool to_bfloat16, const Roun
                                 int64_t row) {
   if (!to_bfloat16) return quantize_row(value, to, row);
   for (int64_t i = 0; i < to.num_inputs; i += kLanes) {
-    store_bfloat16(to.halves + row * to.num_inputs + i, value(i));
+    store_for_dot(to.halves + row * to.num_inputs + i, value(i));
   }
 }
 

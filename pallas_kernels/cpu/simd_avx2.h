@@ -100,6 +100,8 @@ PALLASITE_INLINE void store_bfloat16(uint16_t* out, Floats x) {
   const __m256i packed = _mm256_packus_epi32(rounded_bits(x.low), rounded_bits(x.high));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), _mm256_permute4x64_epi64(packed, 0xd8));
 }
+// The same for what only `dot_bfloat16` reads.
+PALLASITE_INLINE void store_for_dot(uint16_t* out, Floats x) { store_bfloat16(out, x); }
 PALLASITE_INLINE Ints to_ints(Floats x) {
   return {_mm256_cvtps_epi32(x.low), _mm256_cvtps_epi32(x.high)};
 }

@@ -51,6 +51,14 @@ PALLASITE_INLINE void store_bfloat16(uint16_t* out, Floats x) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(out),
                       _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16)));
 }
+// The same for what only `dot_bfloat16` reads, which takes numbers below the normal ones as zeros.
+PALLASITE_INLINE void store_for_dot(uint16_t* out, Floats x) {
+#if defined(PALLASITE_BF16)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), (__m256i)_mm512_cvtneps_pbh(x));
+#else
+  store_bfloat16(out, x);
+#endif
+}
 PALLASITE_INLINE Ints to_ints(Floats x) { return _mm512_cvtps_epi32(x); }
 PALLASITE_INLINE Floats to_floats(Ints x) { return _mm512_cvtepi32_ps(x); }
 PALLASITE_INLINE Ints splat_int(int32_t x) { return _mm512_set1_epi32(x); }

@@ -100,6 +100,8 @@ PALLASITE_INLINE void store_bfloat16(uint16_t* out, Floats x) {
     vst1_u16(out + 4 * i, vshrn_n_u32(vbslq_u32(is_number, rounded, quiet), 16));
   }
 }
+// The same for what only `dot_bfloat16` reads.
+PALLASITE_INLINE void store_for_dot(uint16_t* out, Floats x) { store_bfloat16(out, x); }
 PALLASITE_INLINE Ints to_ints(Floats x) {
   return by_quarters<Ints>([&](int i) { return vcvtnq_s32_f32(x.part[i]); });
 }
