@@ -84,8 +84,8 @@ class Deployment:
         )
 
     def _max_steps(self) -> int:
-        """Steps that a run of a decode program makes at most; drafts want to know each token."""
-        return MAX_STEPS if holds_strips(self.model) and not self.config.num_drafts else 1
+        """Steps that a run of a decode program makes at most."""
+        return MAX_STEPS if holds_strips(self.model) else 1
 
     def adapter_spec(self) -> AdapterSpec:
         """Returns the room for adapters."""

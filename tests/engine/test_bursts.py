@@ -120,7 +120,7 @@ LONG = SamplingParams(max_tokens=100)
 
 
 @pytest.mark.parametrize(
-    ("seconds", "num_steps"), [(0.001, 8), (0.006, 8), (0.011, 4), (0.024, 2), (0.026, 1), (1.0, 1)]
+    ("seconds", "num_steps"), [(0.001, 8), (0.007, 8), (0.011, 5), (0.024, 2), (0.031, 1), (1.0, 1)]
 )
 def test_a_burst_is_as_long_as_fits_the_time(seconds, num_steps):
     bursts, plan = planned(LONG, LONG)
@@ -133,7 +133,7 @@ def test_one_slow_launch_does_not_end_bursts():
     bursts, plan = planned(LONG)
     for seconds in (*[0.005] * 50, 0.05):
         bursts.note(BUCKET, 1, seconds)
-    assert bursts.extended(plan, BUCKET).num_steps == 4
+    assert bursts.extended(plan, BUCKET).num_steps == 5
 
 
 def test_each_bucket_has_its_own_time():
@@ -235,3 +235,11 @@ def test_a_model_answers_as_it_does_step_by_step(engines, rng, monkeypatch, mesh
             assert one.token_ids == other.token_ids
             assert one.logprobs == other.logprobs
             assert one.finish.reason is other.finish.reason
+
+
+def test_where_drafts_are_looked_for_a_launch_is_shorter(rng):
+    config = replace(CONFIG, speculate="ngram")
+    with Engine(ToyRuntime(config, 1, max_steps=8), config) as engine:
+        request = greedy(random_prompt(rng, 10), max_tokens=100, ignore_eos=True)
+        assert tokens(engine.generate([request])) == [answers(request)]
+        assert max(engine._runtime.num_steps) == 4
