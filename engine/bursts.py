@@ -17,25 +17,19 @@ from pallasite.engine.plan import Plan, Row
 MAX_STEPS = 8
 """The most that a program makes in one launch."""
 
-MOST_BESIDE_DRAFTS = 4
-"""The most where drafts are looked for: none is found within a launch."""
-
 LONGEST_S = 0.06
 """Seconds that a launch of more than one step takes at most, as far as the last ones tell."""
 
 
 class Bursts:
-    """Chooses how many steps a launch makes, `most` at most, and learns how long they take.
+    """Chooses how many steps a launch makes, and learns how long they take.
 
     `max_unread_tokens` are those that a stream's reader may lag.
     """
 
-    def __init__(
-        self, scheduler: Dispatcher, max_unread_tokens: int, most: int = MAX_STEPS
-    ) -> None:
+    def __init__(self, scheduler: Dispatcher, max_unread_tokens: int) -> None:
         self._scheduler = scheduler
         self._max_unread_tokens = max_unread_tokens
-        self._most = most
         self._step_s: dict[Bucket, float] = {}
 
     def note(self, bucket: Bucket, num_steps: int, seconds: float) -> None:
@@ -60,8 +54,7 @@ class Bursts:
             return 1
         num_unsampled = min(row.sequence.num_unsampled for row in rows)
         in_time = int(LONGEST_S / self._step_s[bucket])
-        most = min(self._most, bucket.max_steps)
-        return min(most, 1 + num_unsampled, in_time, self._num_readable(rows))
+        return min(bucket.max_steps, 1 + num_unsampled, in_time, self._num_readable(rows))
 
     def _num_readable(self, rows: list[Row]) -> int:
         """Returns after how many steps no reader lags too far, if none reads meanwhile."""

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from pallasite.engine.batch_builder import BatchBuilder
-from pallasite.engine.bursts import MAX_STEPS, MOST_BESIDE_DRAFTS, Bursts
+from pallasite.engine.bursts import Bursts
 from pallasite.engine.commit import Committer, Grant
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.dispatcher import Dispatcher
@@ -54,8 +54,7 @@ class Stepper:
         self._runtime = runtime
         self._builder = BatchBuilder(runtime.layouts, runtime.num_shards, num_slots)
         self._committer = committer
-        most = MOST_BESIDE_DRAFTS if config.num_drafts else MAX_STEPS
-        self._bursts = Bursts(scheduler, config.max_unread_tokens, most)
+        self._bursts = Bursts(scheduler, config.max_unread_tokens)
         self._metrics = metrics
 
     def launch(self, plan: Plan) -> Launched | None:

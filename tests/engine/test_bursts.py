@@ -235,11 +235,3 @@ def test_a_model_answers_as_it_does_step_by_step(engines, rng, monkeypatch, mesh
             assert one.token_ids == other.token_ids
             assert one.logprobs == other.logprobs
             assert one.finish.reason is other.finish.reason
-
-
-def test_where_drafts_are_looked_for_a_launch_is_shorter(rng):
-    config = replace(CONFIG, speculate="ngram")
-    with Engine(ToyRuntime(config, 1, max_steps=8), config) as engine:
-        request = greedy(random_prompt(rng, 10), max_tokens=100, ignore_eos=True)
-        assert tokens(engine.generate([request])) == [answers(request)]
-        assert max(engine._runtime.num_steps) == 4
