@@ -18,12 +18,7 @@ from pallasite.engine.audit import PageAudit, audit
 from pallasite.engine.commit import Committer
 from pallasite.engine.config import EngineConfig
 from pallasite.engine.dispatcher import Dispatcher
-from pallasite.engine.errors import (
-    RequestError,
-    closed_error,
-    late_error,
-    step_error,
-)
+from pallasite.engine.errors import RequestError, closed_error, late_error, step_error
 from pallasite.engine.intake import Intake
 from pallasite.engine.leases import LeaseTable
 from pallasite.engine.metrics import EngineLoad, EngineMetrics
@@ -35,7 +30,7 @@ from pallasite.engine.speculation import Speculator
 from pallasite.engine.step_times import step_seconds
 from pallasite.engine.stepper import Launched, Stepper
 from pallasite.engine.stream import TokenStream, wake
-from pallasite.engine.validation import Bounds, check_request_id, validate
+from pallasite.engine.validation import Bounds, check_request_id, validate, validate_prefill
 
 logger = logging.getLogger(__name__)
 
@@ -122,14 +117,8 @@ class Engine:
         already finished the completion. Raises RequestError as `submit` does, and where the lease
         is too long or too many are held.
         """
-        validate(request, self._bounds)
+        validate_prefill(request, self._bounds)
         self._leases.check(lease_s)
-        if request.params.n != 1:
-            raise RequestError(
-                f"sampling.n: got {request.params.n} for a prefill; allowed is 1; prefill once for"
-                " each completion",
-                field="sampling.n",
-            )
         page_size = self._runtime.page_size
         num_pages = -(-len(request.prompt_ids) // page_size)
         promised = self._intake.promised_pages(page_size)
@@ -281,6 +270,10 @@ class Engine:
                 self._recover(error)
 
     def _run_once(self) -> None:
+        was_idle = self._previous is None
+        # First, for it waits: what is asked for and what ends meanwhile counts for the next plan.
+        if self._needs_tokens():
+            self._commit_previous()
         self._intake.run_commands()
         if not self._runtime.has_adapters:
             raise RuntimeError("the adapters are lost: one could not be put beside them")
@@ -288,9 +281,6 @@ class Engine:
         for sequence in self._scheduler.expired(now):
             self._committer.fail(sequence, late_error())
         self._collect_leases(now)
-        was_idle = self._previous is None
-        if self._needs_tokens():
-            self._commit_previous()
         plan = self._scheduler.schedule(now)
         if plan is not None and self._previous is None:
             plan = self._speculator.with_drafts(plan)

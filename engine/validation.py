@@ -69,6 +69,14 @@ def validate(request: Request, bounds: Bounds) -> None:
         )
 
 
+def validate_prefill(request: Request, bounds: Bounds) -> None:
+    """Raises RequestError as `validate` does, and where one lease would be of many completions."""
+    validate(request, bounds)
+    if request.params.n != 1:
+        got = f"{request.params.n} for a prefill"
+        _refuse("sampling.n", got, "1", "prefill once for each completion")
+
+
 def check_request_id(request_id: object, limits: Limits) -> None:
     """Raises RequestError where a request's id is too long or not printable."""
     _length("request_id", request_id, 0, limits.max_request_id_len)

@@ -90,6 +90,29 @@ def test_a_reader_who_leaves_ends_a_request_within_a_burst(rng):
         assert tokens(engine.generate([request])) == [answers(request)]
 
 
+def test_who_arrives_during_a_burst_is_in_the_next_launch(rng, monkeypatch):
+    first, second = (greedy(random_prompt(rng, 10), max_tokens=60, ignore_eos=True) for _ in "ab")
+    with toy_engine(1) as engine:
+        launched, streams = [], []
+        launch, commit = engine._stepper.launch, engine._stepper.commit
+
+        def record(plan):
+            launched.append(plan)
+            return launch(plan)
+
+        def arrive_and_commit(burst, grant):
+            if burst.plan.num_steps > 1 and not streams:
+                launched.clear()
+                streams.append(engine.submit(second))
+            commit(burst, grant)
+
+        monkeypatch.setattr(engine._stepper, "launch", record)
+        monkeypatch.setattr(engine._stepper, "commit", arrive_and_commit)
+        assert tokens(engine.generate([first])) == [answers(first)]
+        assert sum((event.token_ids for event in streams[0]), ()) == answers(second)
+        assert launched[0].has_prefill
+
+
 def test_tokens_that_come_together_do_not_end_a_reader_who_takes_them_at_once(rng, monkeypatch):
     request = greedy(random_prompt(rng, 10), max_tokens=20, ignore_eos=True)
     with toy_engine(1, replace(CONFIG, max_unread_tokens=4)) as engine:
