@@ -83,7 +83,7 @@ class BatchBuilder:
         views["bans"].fill(-1)
         verifies = len(views["bans"]) > len(views["slot"])
         for index, row in enumerate(part.rows):
-            if not row.samples or not may_ban(row.sequence.request.params):
+            if not row.samples or not _may_ban(row.sequence.request.params):
                 continue
             place = views["query_starts"][index] if verifies else index
             for num_drafts in range(len(row.draft) + 1):
@@ -148,8 +148,7 @@ def max_bans(limits: Limits, num_eos: int) -> int:
     return limits.max_bad_words + limits.max_stop_token_ids + num_eos
 
 
-def may_ban(params: SamplingParams) -> bool:
-    """Returns whether a request's rows may have bans."""
+def _may_ban(params: SamplingParams) -> bool:
     return params.min_tokens > 0 or bool(params.bad_words)
 
 

@@ -9,10 +9,10 @@ come to a reader together, be more than it may lag.
 
 from collections import Counter
 
-from pallasite.engine.batch_builder import may_ban
 from pallasite.engine.dispatcher import Dispatcher
 from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan, Row
+from pallasite.engine.sequence import Sequence
 
 MAX_STEPS = 8
 """The most that a program makes in one launch."""
@@ -49,8 +49,7 @@ class Bursts:
         if bucket.max_steps == 1 or self._scheduler.num_waiting or bucket not in self._step_s:
             return 1
         rows = plan.rows
-        # What a row bans rests on its tokens, which the host would have to know.
-        if not all(row.samples and not may_ban(row.sequence.request.params) for row in rows):
+        if not all(row.samples and not _may_ban(row.sequence) for row in rows):
             return 1
         num_unsampled = min(row.sequence.num_unsampled for row in rows)
         in_time = int(LONGEST_S / self._step_s[bucket])
@@ -67,3 +66,9 @@ class Bursts:
             ),
             default=MAX_STEPS,
         )
+
+
+def _may_ban(sequence: Sequence) -> bool:
+    """Whether what a planned row may not sample changes with its tokens, which the host lacks."""
+    params = sequence.request.params
+    return bool(params.bad_words) or sequence.num_sampled <= params.min_tokens

@@ -9,7 +9,7 @@ import sys
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 
-KEPT_BYTES = 1 << 30
+KEPT_BYTES = 256 << 20
 """Freed memory at an arena's end that is kept."""
 
 _LARGEST_THRESHOLD = 32 << 20  # the most that glibc takes

@@ -180,6 +180,17 @@ def test_a_row_that_the_host_must_see_after_each_step_has_all_make_one(others):
     assert plan.num_steps == 1
 
 
+def test_after_its_least_tokens_a_row_goes_on_as_others():
+    bursts, plan = planned(SamplingParams(max_tokens=100, min_tokens=3))
+    bursts.note(BUCKET, 1, 0.001)
+    lengths = []
+    while len(lengths) < 4:
+        lengths.append(bursts.extended(plan, BUCKET).num_steps)
+        plan = bursts._scheduler.schedule(0.0)
+    # One is sampled with the prompt; the third and what comes before it may not be an end.
+    assert lengths == [1, 1, 8, 8]
+
+
 def test_no_row_samples_more_than_it_may():
     bursts, plan = planned(LONG, SamplingParams(max_tokens=5))
     bursts.note(BUCKET, 1, 0.001)
