@@ -131,3 +131,12 @@ def test_every_package_is_in_the_wheel():
     expected = {f"pallasite.{folder.replace('/', '.')}": folder for folder in folders}
     assert setuptools["package-dir"] == expected
     assert set(setuptools["packages"]) == set(expected)
+
+
+def test_every_source_of_the_bodies_is_built():
+    [extension] = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"][
+        "ext-modules"
+    ]
+    folder = ROOT / "pallas_kernels/cpu"
+    sources = [path.relative_to(ROOT).as_posix() for path in folder.glob("*.cc")]
+    assert sorted(extension["sources"]) == sorted(sources)
