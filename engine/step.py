@@ -84,7 +84,12 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
         state = count_fed(state, rows.slot, fed, inputs.takes_previous)
 
         own = batch_adapters(adapters, inputs.adapter_slots, ragged, token_ids.shape[0])
-        hidden, cache = forward(model, cache, token_ids, ragged, own)
+        last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
+        wanted = None
+        if layout.bucket.has_prefill:
+            # Of a prompt that is not scored the last token alone.
+            wanted = jnp.zeros(token_ids.shape, jnp.bool_).at[last].set(True) | inputs.wants_scores
+        hidden, cache = forward(model, cache, token_ids, ragged, own, wanted)
         if num_drafts := layout.bucket.num_drafts:
             drafts = drafts_of(token_ids, ragged, num_drafts)
             tokens, is_live = each_token(inputs, drafts, token_ids)
@@ -92,7 +97,6 @@ def make_step(structure: jax.tree_util.PyTreeDef, layout: Layout) -> StepFunctio
             _, sampled = sample(logits, tokens, state, is_live, model.target)
             state = accept(inputs, drafts, state, sampled.token_ids)
         else:
-            last = jnp.maximum(ragged.query_starts[1:] - 1, 0)
             rows = replace(rows, last_token=token_ids[last])
             logits = unembed(model, hidden[last], ragged.num_requests)
             state, sampled = sample(logits, rows, state, inputs.samples, model.target)

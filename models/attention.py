@@ -57,4 +57,4 @@ class Attention(nnx.Module):
         """Returns what attention adds to the residual stream, or the sum, and the new cache."""
         with jax.named_scope("attention"):
             mixed, cache = at.attend(self.project(h, at), cache)
-            return at.linear(mixed, self.o, onto), cache
+            return at.onward().linear(mixed, self.o, onto), cache

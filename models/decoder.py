@@ -6,13 +6,14 @@ key heads, query heads, feed-forward channels and rows of the vocabulary are the
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallasite.models import layers
 from pallasite.models.config import ModelConfig
@@ -73,12 +74,20 @@ def forward(
     token_ids: Int[Array, "T"],
     ragged: Ragged,
     adapters: BatchAdapters,
+    wanted: Bool[Array, "T"] | None = None,
 ) -> tuple[Float[Array, "T D"], PagedCache]:
-    """Runs a ragged batch of tokens; returns normed hidden states and the updated cache."""
+    """Runs a ragged batch of tokens; returns normed hidden states and the updated cache.
+
+    Hidden states of tokens that are not `wanted` may be any finite ones; None wants all.
+    """
     place = places(model, ragged, adapters, Place)
 
     def layer(index: Int[Array, ""], carry: tuple[Array, PagedCache]) -> tuple[Array, PagedCache]:
-        return layer_weights(model, index).block(*carry, place(index))
+        at = place(index)
+        if wanted is not None:
+            # Later layers need keys and values of all.
+            at = replace(at, wanted=wanted | (index < model.config.num_layers - 1))
+        return layer_weights(model, index).block(*carry, at)
 
     with jax.named_scope("embed"):
         x = embed(model, token_ids)

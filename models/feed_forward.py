@@ -37,5 +37,6 @@ class GatedFeedForward(nnx.Module):
         self, h: Stream, at: Place, onto: Float[Array, "T D"] | None = None
     ) -> Float[Array, "T D"]:
         """Returns what the feed-forward adds to the residual stream, or the sum."""
+        at = at.onward()
         with jax.named_scope("ffn"):
             return at.linear(at.gated(h, self.gate, self.up, self.activation), self.down, onto)

@@ -4,11 +4,11 @@ Products, norms around them and sums with the residual stream come here together
 can do in one pass what it has a body for. What none has is XLA's, one operation after another.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from pallasite.models import layers
 from pallasite.models.layers import Normed, Stream, values_of
@@ -37,6 +37,8 @@ class Place:
         rope: by how much the layer turns queries and keys.
         attention: what is static about the model's attention.
         adapters: those of the batch.
+        wanted: the tokens whose results what follows attention must give, bool `[T]`; None for all.
+        rows: those of this place: None before `onward`, then `wanted`.
     """
 
     layer: Int[Array, ""]
@@ -44,6 +46,12 @@ class Place:
     rope: Rope
     attention: AttentionConfig
     adapters: BatchAdapters
+    wanted: Bool[Array, "T"] | None = None
+    rows: Bool[Array, "T"] | None = None
+
+    def onward(self) -> "Place":
+        """Returns the place of what follows attention: a token's results are its own there."""
+        return replace(self, rows=self.wanted)
 
     def attend(
         self, heads: Float[Array, "T heads H"], cache: PagedCache
@@ -113,6 +121,7 @@ class Place:
         norm = x.norm if isinstance(x, Normed) else None
         fused = Fused(
             count=self.ragged.query_starts[-1],
+            wanted=self.rows,
             norm=None if norm is None else norm.factors(),
             epsilon=0.0 if norm is None else norm.epsilon,
             gate=gate,

@@ -111,8 +111,74 @@ int64_t strips_at_once(const Product& product, int64_t num_rows) {
   return std::max<int64_t>(kMacs / strip_macs, 1);
 }
 
+// Rows [begin, end) that are computed; `begin` is a tile's.
+struct Rows {
+  int64_t begin, end;
+};
+
+// Runs of rows, in order, and how they are cut into parts of `size` rows at most.
+struct Runs {
+  const Rows* first;
+  const Rows* last;
+
+  int64_t num_rows() const {
+    int64_t count = 0;
+    for (const Rows* run = first; run != last; ++run) count += run->end - run->begin;
+    return count;
+  }
+
+  int64_t num_parts(int64_t size) const {
+    int64_t count = 0;
+    for (const Rows* run = first; run != last; ++run) {
+      count += (run->end - run->begin + size - 1) / size;
+    }
+    return count;
+  }
+
+  Rows part(int64_t index, int64_t size) const {
+    const Rows* run = first;
+    for (;; ++run) {
+      const int64_t own = (run->end - run->begin + size - 1) / size;
+      if (index < own) break;
+      index -= own;
+    }
+    const int64_t begin = run->begin + index * size;
+    return {begin, std::min(begin + size, run->end)};
+  }
+};
+
+// The rows of tiles that have any wanted one.
+std::vector<Rows> wanted_runs(const uint8_t* wanted, int64_t num_rows) {
+  std::vector<Rows> runs;
+  for (int64_t begin = 0; begin < num_rows; begin += kTileRows) {
+    const int64_t end = std::min(begin + kTileRows, num_rows);
+    if (std::all_of(wanted + begin, wanted + end, [](uint8_t own) { return own == 0; })) continue;
+    if (!runs.empty() && runs.back().end == begin) {
+      runs.back().end = end;
+    } else {
+      runs.push_back({begin, end});
+    }
+  }
+  return runs;
+}
+
+// Makes zeros of the outputs of rows that are in no run.
+void clear_others(const Product& product, const Runs& runs, int64_t num_rows) {
+  const auto clear = [&](int64_t begin, int64_t end) {
+    std::fill(product.out + begin * product.num_outputs, product.out + end * product.num_outputs,
+              0.0f);
+  };
+  int64_t next = 0;
+  for (const Rows* run = runs.first; run != runs.last; ++run) {
+    clear(next, run->begin);
+    next = run->end;
+  }
+  clear(next, num_rows);
+}
+
+// Computes the rows of some runs; `num_rows` is where the last may end.
 void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Product product,
-                 int64_t num_rows) {
+                 const Runs& runs, int64_t num_rows) {
   const int64_t num_inputs = rounding.num_inputs, num_groups = num_inputs / kGroup;
   product.x.num_inputs = num_inputs;
   if (rounding.to_bfloat16) {
@@ -127,29 +193,29 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
     product.x.groups = reinterpret_cast<Group*>(at + size);
   }
   // Few values are rounded sooner than handed out.
-  const int64_t rows_a_chunk = std::max<int64_t>((16 << 10) / num_inputs, 1);
-  call.run((num_rows + rows_a_chunk - 1) / rows_a_chunk, [&](int64_t chunk) {
-    const int64_t begin = chunk * rows_a_chunk;
-    bodies.round_rows(rounding, product.x, begin, std::min(begin + rows_a_chunk, num_rows));
+  const int64_t rows_a_chunk =
+      std::max<int64_t>((16 << 10) / num_inputs / kTileRows, 1) * kTileRows;
+  call.run(runs.num_parts(rows_a_chunk), [&](int64_t chunk) {
+    const Rows rows = runs.part(chunk, rows_a_chunk);
+    bodies.round_rows(rounding, product.x, rows.begin, rows.end);
   });
 
   const int64_t num_parts = product.is_gated ? 1 : product.num_matrices;
   int64_t num_strips = 0;
   for (int64_t i = 0; i < num_parts; ++i) num_strips += product.matrices[i].num_strips;
-  const int64_t rows = std::min(rows_at_once(product, num_rows, call.num_threads()), num_rows);
-  const int64_t num_blocks = (num_rows + rows - 1) / rows;
-  const int64_t strips = strips_at_once(product, std::min(rows, num_rows));
+  const int64_t num_wanted = runs.num_rows();
+  const int64_t rows = rows_at_once(product, num_wanted, call.num_threads());
+  const int64_t strips = strips_at_once(product, std::min(rows, num_wanted));
   const int64_t num_chunks = (num_strips + strips - 1) / strips;
-  call.run(num_blocks * num_chunks, [&](int64_t chunk) {
-    const int64_t row = chunk / num_chunks * rows;
+  call.run(runs.num_parts(rows) * num_chunks, [&](int64_t chunk) {
+    const Rows block = runs.part(chunk / num_chunks, rows);
     int64_t begin = chunk % num_chunks * strips;
     int64_t end = std::min(begin + strips, num_strips);
     // Strips are counted over all matrices.
     for (int64_t i = 0; i < num_parts && begin < end; ++i) {
       const int64_t own = product.matrices[i].num_strips;
       if (begin < own) {
-        bodies.multiply(product, i, begin, std::min(end, own), row,
-                        std::min(row + rows, num_rows));
+        bodies.multiply(product, i, begin, std::min(end, own), block.begin, block.end);
       }
       begin = std::max<int64_t>(begin - own, 0);
       end -= own;
@@ -159,7 +225,7 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
 
 ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
                     ffi::Result<ffi::AnyBuffer> out, std::string_view instructions, bool has_count,
-                    bool has_norm, bool has_residual, int32_t gate, float epsilon) try {
+                    bool has_wanted, bool has_norm, bool has_residual, int32_t gate, float epsilon) try {
   const Bodies* bodies = choose(instructions).bodies;
   if (bodies == nullptr) {
     return invalid("got a program for a processor with " + std::string(instructions) +
@@ -181,6 +247,12 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
       return invalid("got " + std::to_string(num_used) + " rows in use of " +
                      std::to_string(num_rows));
     }
+  }
+  const uint8_t* wanted = nullptr;
+  if (has_wanted) {
+    const ffi::AnyBuffer mask = args.take("the wanted rows", {Type::PRED}, {num_rows});
+    if (!args.error().empty()) return invalid(args.error());
+    wanted = data<uint8_t>(mask);
   }
   if (out->dimensions().size() != 2) {
     return invalid("got outputs " + shown(out->dimensions()) + "; they must be [T, outputs]");
@@ -234,15 +306,22 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
       !fault.empty()) {
     return invalid(fault);
   }
-  std::fill(product.out + num_used * num_outputs, product.out + num_rows * num_outputs, 0.0f);
-  if (num_used == 0) return ffi::Error::Success();
+  std::vector<Rows> some;
+  Rows all{0, num_used};
+  Runs runs{&all, &all + 1};
+  if (wanted != nullptr) {
+    some = wanted_runs(wanted, num_used);
+    runs = {some.data(), some.data() + some.size()};
+  }
+  clear_others(product, runs, num_rows);
+  if (runs.num_rows() == 0) return ffi::Error::Success();
   // Rows far apart share few lines of a cache: those of an output head's, stored there, would have
   // each store wait for memory that is overwritten.
   constexpr int64_t kFarApart = 16384;
   product.stores_away = num_outputs >= kFarApart && num_used > 1 &&
                         reinterpret_cast<uintptr_t>(product.out) % 64 == 0;
   Call call(pool);
-  run_product(call, *bodies, rounding, product, num_used);
+  run_product(call, *bodies, rounding, product, runs, num_used);
   return ffi::Error::Success();
 } catch (const std::bad_alloc&) {
   return ffi::Error(ffi::ErrorCode::kResourceExhausted, "got no memory for a product's inputs");
@@ -258,6 +337,7 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(PallasiteMultiply, pallasite::multiply,
                                   .Ret<ffi::AnyBuffer>()
                                   .Attr<std::string_view>("instructions")
                                   .Attr<bool>("has_count")
+                                  .Attr<bool>("has_wanted")
                                   .Attr<bool>("has_norm")
                                   .Attr<bool>("has_residual")
                                   .Attr<int32_t>("gate")

@@ -32,6 +32,7 @@ class Fused:
     Attributes:
         count: how many rows of x are in use, the first ones; the results of others are zeros. None
             for all.
+        wanted: which rows of x are, bool `[T]`; those of others may be zeros. None for all.
         norm: the scale of a root-mean-square norm that x goes through first, `[in]`, or `[L, in]`
             beside stacked matrices.
         epsilon: that norm's.
@@ -40,6 +41,7 @@ class Fused:
     """
 
     count: Any = None
+    wanted: Any = None
     norm: Any = None
     epsilon: float = field(default=0.0, metadata={"static": True})
     gate: Gate | None = field(default=None, metadata={"static": True})
@@ -71,6 +73,8 @@ def fused_matmul(
     arguments = [x.astype(jnp.float32), layer.astype(jnp.int32)]
     if fused.count is not None:
         arguments.append(fused.count.astype(jnp.int32))
+    if fused.wanted is not None:
+        arguments.append(fused.wanted)
     if fused.norm is not None:
         arguments.append(fused.norm)
     if fused.residual is not None:
@@ -85,6 +89,7 @@ def fused_matmul(
         *arguments,
         instructions=first.target.instructions,
         has_count=fused.count is not None,
+        has_wanted=fused.wanted is not None,
         has_norm=fused.norm is not None,
         has_residual=fused.residual is not None,
         gate=np.int32(_GATES[fused.gate]),

@@ -14,7 +14,7 @@
 namespace check {
 namespace {
 
-constexpr int64_t kLanes = 16, kGroup = 32;
+constexpr int64_t kLanes = 16, kGroup = 32, kTileRows = 12;
 constexpr double kUnit = 0x1p-24;
 // Of a rounding's step: closer to a tie than this, either side is right.
 constexpr double kNearTie = 1e-3;
@@ -134,10 +134,11 @@ struct RoundedRow {
 struct Case {
   int64_t num_rows, num_used, num_inputs, num_layers;
   Kind kind;
-  bool has_count, has_norm, has_residual;
+  bool has_count, has_wanted, has_norm, has_residual;
   int32_t gate;  // -1: none, 0: silu, 1: gelu
   float epsilon;
   std::vector<int32_t> layer, count;
+  std::vector<uint8_t> wanted;
   std::vector<float> x, norm, residual, out;
   bool is_norm_stacked;
   std::vector<Matrix> matrices;
@@ -153,7 +154,7 @@ struct Case {
     std::string sizes;
     for (const Matrix& matrix : matrices) sizes += text(" ", matrix.num_outputs());
     return text("product of ", num_used, " of ", num_rows, " rows of ", num_inputs, ", kind ",
-                static_cast<int>(kind), ", halves ", matrices[0].has_halves, ", outputs", sizes,
+                static_cast<int>(kind), ", some wanted ", has_wanted, ", halves ", matrices[0].has_halves, ", outputs", sizes,
                 ", layers ", num_layers, ", norm ", has_norm, ", residual ", has_residual,
                 ", gate ", gate);
   }
@@ -184,6 +185,9 @@ struct Case {
     made.has_count = random.chance(0.3);
     made.num_used = made.has_count ? random.whole(0, made.num_rows) : made.num_rows;
     made.count = {static_cast<int32_t>(made.num_used)};
+    made.has_wanted = random.chance(0.3);
+    const double share = random.one_of({0.0f, 0.02f, 0.1f, 0.5f, 1.0f});
+    for (int64_t row = 0; row < made.num_rows; ++row) made.wanted.push_back(random.chance(share));
     made.layer = {static_cast<int32_t>(random.whole(0, std::max<int64_t>(made.num_layers, 1) - 1))};
     made.has_norm = random.chance(0.4);
     made.has_residual = random.chance(0.4);
@@ -195,7 +199,7 @@ struct Case {
       const float size = made.gate >= 0 ? 0.05f : std::pow(10.0f, random.between(-2, 2));
       for (int64_t i = 0; i < made.num_inputs; ++i) own[i] *= size;
       if (random.chance(0.2)) std::fill(own, own + kGroup, random.chance(0.5) ? 0.0f : 1e-38f);
-      if (row >= made.num_used) std::fill(own, own + made.num_inputs, kNaN);
+      if (!made.is_computed(row)) std::fill(own, own + made.num_inputs, kNaN);
     }
     made.is_norm_stacked = made.num_layers > 0 && random.chance(0.7);
     made.norm = random.normals((made.is_norm_stacked ? made.num_layers : 1) * made.num_inputs);
@@ -204,10 +208,22 @@ struct Case {
     return made;
   }
 
+  // Rows go by tiles: all of one that has a wanted row.
+  bool is_computed(int64_t row) const {
+    if (row >= num_used || !has_wanted) return row < num_used;
+    const auto begin = wanted.begin() + row / kTileRows * kTileRows;
+    const auto end = wanted.begin() + std::min(row / kTileRows * kTileRows + kTileRows, num_used);
+    return std::find(begin, end, 1) != end;
+  }
+
   Invocation invocation(const std::string& instructions) {
     Invocation made{PallasiteMultiply, {}, {}, {}};
     made.arguments = {view("x", x, {num_rows, num_inputs}), view("the layer", layer, {})};
     if (has_count) made.arguments.push_back(view("the count", count, {}));
+    if (has_wanted) {
+      made.arguments.push_back(view("the wanted rows", wanted, {num_rows}));
+      made.arguments.back().type = XLA_FFI_DataType_PRED;
+    }
     if (has_norm) {
       made.arguments.push_back(view("the norm", norm,
                                     is_norm_stacked ? std::vector{num_layers, num_inputs}
@@ -219,8 +235,9 @@ struct Case {
     for (Matrix& matrix : matrices) matrix.add_to(made.arguments);
     made.results = {view("the outputs", out, {num_rows, num_outputs()})};
     made.attributes = {{"instructions", instructions}, {"has_count", has_count},
-                       {"has_norm", has_norm},         {"has_residual", has_residual},
-                       {"gate", gate},                 {"epsilon", epsilon}};
+                       {"has_wanted", has_wanted},     {"has_norm", has_norm},
+                       {"has_residual", has_residual}, {"gate", gate},
+                       {"epsilon", epsilon}};
     return made;
   }
 
@@ -324,9 +341,9 @@ struct Case {
 
   void check_row(int64_t row) const {
     const float* own = out.data() + row * num_outputs();
-    if (row >= num_used) {
+    if (!is_computed(row)) {
       for (int64_t i = 0; i < num_outputs(); ++i) {
-        if (own[i] != 0) throw Wrong(text("row ", row, " is not in use, but has ", own[i]));
+        if (own[i] != 0) throw Wrong(text("row ", row, " is not wanted, but has ", own[i]));
       }
       return;
     }
@@ -370,7 +387,7 @@ std::string check_product(const std::string& instructions, Random& random, Pool&
 int refuse_products(const std::string& instructions, Random& random, Pool& pool) {
   Case made = Case::make(random);
   // With all that there may be, so that all of it can be wrong.
-  made.has_count = made.has_norm = made.has_residual = true;
+  made.has_count = made.has_wanted = made.has_norm = made.has_residual = true;
   Faults faults([&] { return made.invocation(instructions); }, random, pool);
   const auto change_attribute = [](const std::string& name, const Attribute& value) {
     return [=](Invocation& invocation) { invocation.attributes[name] = value; };
@@ -397,6 +414,7 @@ int refuse_products(const std::string& instructions, Random& random, Pool& pool)
   }
   faults.refuse("got a program for a processor with none", change_attribute("instructions", "none"));
   faults.refuse("got x [", reshape("x", {rows * inputs}));
+  faults.refuse("got the wanted rows [", reshape("the wanted rows", {rows + 1}));
   faults.refuse("got a norm [", reshape("the norm", {inputs, 1}));
   faults.refuse("got the residual [", reshape("the residual", {rows, made.num_outputs() + 1}));
   faults.refuse("got the outputs [", reshape("the outputs", {rows + 1, made.num_outputs()}));
