@@ -38,14 +38,20 @@ struct Matrix {
 // Rows of x that lie together, group by group, as the widest tile of a product takes them.
 constexpr int64_t kTileRows = 12;
 
-// 32 inputs of a row, which are scale * integer, but for the largest of them: it stays as it is, a
-// float, and has the integer 0. One that stands out would leave the others but a few of 255 integers.
+// 32 inputs of a row, which are scale * integer, but for the largest of them: to its integer a float
+// is added. One that stands out would leave the others but a few of 255 integers. The float is all of
+// it and the integer 0, but where bodies take it as bfloat16: then the integer is what that leaves.
 struct Group {
   float scale;
   float largest;
   int32_t place;      // which one it is
   float sum;          // of all, as they are held
   int32_t whole_sum;  // of the integers
+  // For nibbles, where bodies take it as bfloat16: see groups.h.
+  uint32_t pair;
+  float middle;
+  int32_t words;
+  uint32_t bits;
 };
 
 // Rows of x as products take them: int8 in groups, or bfloat16.
@@ -122,8 +128,8 @@ struct Attention {
 
 // Some queries of one request, some of its key heads, and the keys [key_begin, key_end) that one
 // thread attends for them. `part` is null where these are all keys that the queries see; else the
-// thread leaves there, for each key head, query and head, the largest score, the sum of weights and
-// the values.
+// thread leaves there, for each key head, query and head, the largest score over ln 2, the sum of
+// weights and the values.
 struct Task {
   int32_t request;
   int32_t first_kv_head;

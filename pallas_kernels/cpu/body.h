@@ -39,7 +39,13 @@ struct Size {
 // Compiled for these instructions alone, so no other body may be linked in their place.
 #include PALLASITE_SIMD
 #include "elementary.h"
+#include "groups.h"
+#include "rounding.h"
 #include "products.h"
+#include "strip_pairs.h"
+#include "attention_block.h"
+#include "attention_pages.h"
+#include "softmax.h"
 #include "attention.h"
 #include "peaks.h"
 }  // namespace

@@ -19,3 +19,20 @@ PALLASITE_INLINE Floats exponential(Floats x) {
   p = fma(p, r, splat(1.0f));
   return scale_by_power(p, n);
 }
+
+// Two to the power of x, to one unit in the last place; 0 below -150, NaN for NaN.
+// The polynomial is the one of least relative error on half a unit around 0 that is 1 at 0.
+PALLASITE_INLINE Floats power_of_two(Floats x) {
+  // The order of the arguments keeps NaNs.
+  x = max(splat(-200.0f), x);
+  const Floats n = round_to_whole(x);
+  const Floats r = sub(x, n);
+  Floats p = splat(0.00015353362f);
+  p = fma(p, r, splat(0.0013398875f));
+  p = fma(p, r, splat(0.00961843692f));
+  p = fma(p, r, splat(0.0555033237f));
+  p = fma(p, r, splat(0.240226477f));
+  p = fma(p, r, splat(0.693147182f));
+  p = fma(p, r, splat(1.0f));
+  return scale_by_power(p, n);
+}

@@ -127,26 +127,28 @@ PALLASITE_INLINE int32_t total(Ints x) {
 PALLASITE_INLINE void largest_of_four(const Floats (&x)[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
 }
+PALLASITE_INLINE void totals_of_four(const Floats (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
+}
 PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
   for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
 }
-PALLASITE_INLINE int32_t lane_of(Floats a, Floats b, float magnitude) {
-  float lanes[32];
-  store(lanes, abs(a));
-  store(lanes + 16, abs(b));
-  int32_t index = 0;
-  while (index < 31 && lanes[index] != magnitude) ++index;
-  return index;
-}
-PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
-  float lanes[32];
-  store(lanes, a);
-  store(lanes + 16, b);
-  const float taken = lanes[index];
-  lanes[index] = 0.0f;
-  a = load(lanes);
-  b = load(lanes + 16);
-  return taken;
+PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
+                                   float* left) {
+  for (int i = 0; i < 4; ++i) {
+    float lanes[32];
+    store(lanes, a[i]);
+    store(lanes + 16, b[i]);
+    const float magnitude = largest(max(abs(a[i]), abs(b[i])));
+    int32_t place = 0;
+    while (place < 31 && __builtin_fabsf(lanes[place]) != magnitude) ++place;
+    places[i] = place;
+    kept[i] = lanes[place];
+    lanes[place] = 0.0f;
+    a[i] = load(lanes);
+    b[i] = load(lanes + 16);
+    left[i] = largest(max(abs(a[i]), abs(b[i])));
+  }
 }
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
   const auto* halves = reinterpret_cast<const __m256i*>(words);
@@ -158,6 +160,11 @@ PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) {
   const auto* halves = reinterpret_cast<const __m256i*>(x);
   return {_mm256_loadu_si256(halves), _mm256_loadu_si256(halves + 1)};
+}
+PALLASITE_INLINE void store_bytes(uint8_t* out, Bytes x) {
+  auto* halves = reinterpret_cast<__m256i*>(out);
+  _mm256_storeu_si256(halves, x.low);
+  _mm256_storeu_si256(halves + 1, x.high);
 }
 PALLASITE_INLINE Bytes low_nibbles(Bytes x) {
   const __m256i mask = _mm256_set1_epi8(15);
@@ -173,8 +180,9 @@ PALLASITE_INLINE int32_t load_word(const void* x) {
   return word;
 }
 
-PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, const int8_t* x) {
-  const __m256i word = _mm256_set1_epi32(load_word(x)), ones = _mm256_set1_epi16(1);
+PALLASITE_INLINE __m256i spread(const int8_t* x) { return _mm256_set1_epi32(load_word(x)); }
+PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, __m256i word) {
+  const __m256i ones = _mm256_set1_epi16(1);
   const __m256i low = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.low, word), ones);
   const __m256i high = _mm256_madd_epi16(_mm256_maddubs_epi16(codes.high, word), ones);
   return add_ints(sums, {low, high});

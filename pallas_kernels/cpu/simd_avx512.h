@@ -77,6 +77,15 @@ PALLASITE_INLINE void largest_of_four(const Floats (&x)[4], float* out) {
   const __m256 half = _mm256_max_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
   _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+PALLASITE_INLINE void totals_of_four(const Floats (&x)[4], float* out) {
+  const __m512 a = add(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 b = add(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  const __m512 four = add(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)),
+                          _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(four), _mm512_extractf32x8_ps(four, 1));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
   const __m512i a =
       add_ints(_mm512_unpacklo_epi32(x[0], x[1]), _mm512_unpackhi_epi32(x[0], x[1]));
@@ -89,20 +98,111 @@ PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
       reinterpret_cast<__m128i*>(out),
       _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
 }
-// The index of the first of 32 floats whose magnitude is this; the last one where none is, as among
-// NaNs.
-PALLASITE_INLINE int32_t lane_of(Floats a, Floats b, float magnitude) {
-  const uint32_t low = _mm512_cmp_ps_mask(abs(a), splat(magnitude), _CMP_EQ_OQ);
-  const uint32_t high = _mm512_cmp_ps_mask(abs(b), splat(magnitude), _CMP_EQ_OQ);
-  return __builtin_ctz(low | high << 16 | 1u << 31);
+#if defined(PALLASITE_BF16)
+PALLASITE_INLINE uint32_t bfloat16_bits(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof(bits));
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-// Returns one of 32 floats, and leaves zero there.
-PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
-  const float taken = _mm512_cvtss_f32(_mm512_permutex2var_ps(a, splat_int(index), b));
-  const uint32_t others = ~(1u << index);
-  a = _mm512_maskz_mov_ps(static_cast<__mmask16>(others), a);
-  b = _mm512_maskz_mov_ps(static_cast<__mmask16>(others >> 16), b);
-  return taken;
+// One over x, to 14 bits.
+PALLASITE_INLINE Floats inverse(Floats x) { return _mm512_rcp14_ps(x); }
+// Each as bfloat16, the nearest, in the low half of its word; no NaN is one of them.
+PALLASITE_INLINE Ints low_halves(Floats x) {
+  return _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)), 16);
+}
+// Adds the `bits` of each word times the upper one of a pair, and `halves` times the lower one.
+PALLASITE_INLINE Floats dot_bits(Floats sums, const uint8_t* words, uint32_t bits, Ints halves,
+                                 uint32_t pair) {
+  const Ints own = _mm512_and_si512(_mm512_loadu_si512(words), splat_int(static_cast<int>(bits)));
+  const Ints pairs = _mm512_or_si512(_mm512_castps_si512(_mm512_cvtepu32_ps(own)), halves);
+  return _mm512_dpbf16_ps(sums, (__m512bh)pairs, (__m512bh)splat_int(static_cast<int>(pair)));
+}
+#endif
+// The largest of some numbers, and the second largest.
+struct Tops {
+  Floats first, second;
+};
+PALLASITE_INLINE Tops join(const Tops& a, const Tops& b) {
+  return {max(a.first, b.first), max(min(a.first, b.first), max(a.second, b.second))};
+}
+PALLASITE_INLINE Floats unpack_pairs_low(Floats a, Floats b) {
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+PALLASITE_INLINE Floats unpack_pairs_high(Floats a, Floats b) {
+  return _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(a), _mm512_castps_pd(b)));
+}
+// Of all lanes of each of four, in the order of the four.
+PALLASITE_INLINE void tops_of_four(const Tops (&x)[4], __m128& largest, __m128& second_largest) {
+  Tops pairs[2];
+  for (int i = 0; i < 2; ++i) {
+    const Tops &a = x[2 * i], &b = x[2 * i + 1];
+    pairs[i] = join(
+        {_mm512_unpacklo_ps(a.first, b.first), _mm512_unpacklo_ps(a.second, b.second)},
+        {_mm512_unpackhi_ps(a.first, b.first), _mm512_unpackhi_ps(a.second, b.second)});
+  }
+  const Tops all = join({unpack_pairs_low(pairs[0].first, pairs[1].first),
+                         unpack_pairs_low(pairs[0].second, pairs[1].second)},
+                        {unpack_pairs_high(pairs[0].first, pairs[1].first),
+                         unpack_pairs_high(pairs[0].second, pairs[1].second)});
+  const __m256 a = _mm512_castps512_ps256(all.first), b = _mm512_extractf32x8_ps(all.first, 1);
+  const __m256 first = _mm256_max_ps(a, b);
+  const __m256 others = _mm256_max_ps(_mm512_castps512_ps256(all.second),
+                                      _mm512_extractf32x8_ps(all.second, 1));
+  const __m256 second = _mm256_max_ps(_mm256_min_ps(a, b), others);
+  const __m128 c = _mm256_castps256_ps128(first), d = _mm256_extractf128_ps(first, 1);
+  largest = _mm_max_ps(c, d);
+  second_largest = _mm_max_ps(
+      _mm_min_ps(c, d),
+      _mm_max_ps(_mm256_castps256_ps128(second), _mm256_extractf128_ps(second, 1)));
+}
+// Takes from each four of 32 floats, sixteen in `a` and sixteen in `b`, the first of the largest
+// magnitude: leaves there what it is more than `kept`, says where that is, and gives the largest
+// magnitude of what is left.
+PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
+                                   float* left) {
+  Tops each[4];
+  for (int i = 0; i < 4; ++i) {
+    const Floats low = abs(a[i]), high = abs(b[i]);
+    each[i] = {max(low, high), min(low, high)};
+  }
+  __m128 largest, second_largest;
+  tops_of_four(each, largest, second_largest);
+#if defined(PALLASITE_BF16)
+  // Rounded to bfloat16: the rest is rounded with the other floats.
+  const __m128i bits = _mm_castps_si128(largest);
+  const __m128i odd = _mm_and_si128(_mm_srli_epi32(bits, 16), _mm_set1_epi32(1));
+  const __m128i up = _mm_add_epi32(_mm_add_epi32(bits, _mm_set1_epi32(0x7fff)), odd);
+  const __m128 taken = _mm_castsi128_ps(_mm_slli_epi32(_mm_srli_epi32(up, 16), 16));
+  const __m128 rest = _mm_sub_ps(largest, taken);
+  _mm_storeu_ps(left, _mm_max_ps(second_largest, _mm_andnot_ps(_mm_set1_ps(-0.0f), rest)));
+#else
+  const __m128 taken = largest, rest = _mm_setzero_ps();
+  _mm_storeu_ps(left, second_largest);
+#endif
+  alignas(16) float tops[4], magnitudes[4], rests[4];
+  _mm_store_ps(tops, largest);
+  _mm_store_ps(magnitudes, taken);
+  _mm_store_ps(rests, rest);
+  const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+  for (int i = 0; i < 4; ++i) {
+    const Floats top = splat(tops[i]);
+    const __m512i own = _mm512_castps_si512(splat(rests[i]));
+    const uint32_t low = _mm512_cmp_ps_mask(abs(a[i]), top, _CMP_EQ_OQ);
+    const uint32_t high = _mm512_cmp_ps_mask(abs(b[i]), top, _CMP_EQ_OQ);
+    const uint32_t signs = _mm512_movepi32_mask(_mm512_castps_si512(a[i])) |
+                           static_cast<uint32_t>(_mm512_movepi32_mask(_mm512_castps_si512(b[i]))) << 16;
+    // Where none is equal, as among NaNs, it is the last.
+    const uint32_t equal = low | high << 16 | 1u << 31;
+    const uint32_t first = equal & -equal;
+    const auto take = [&](Floats x, uint32_t mask) PALLASITE_LAMBDA {
+      return _mm512_castsi512_ps(_mm512_mask_ternarylogic_epi32(
+          _mm512_castps_si512(x), static_cast<__mmask16>(mask), sign, own, 0x6a));
+    };
+    a[i] = take(a[i], first);
+    b[i] = take(b[i], first >> 16);
+    places[i] = __builtin_ctz(equal);
+    kept[i] = (signs & first) != 0 ? -magnitudes[i] : magnitudes[i];
+  }
 }
 // Each word of 64 bytes, shifted down and masked.
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
@@ -110,6 +210,7 @@ PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t
                           splat_int(mask));
 }
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) { return _mm512_loadu_si512(x); }
+PALLASITE_INLINE void store_bytes(uint8_t* out, Bytes x) { _mm512_storeu_si512(out, x); }
 PALLASITE_INLINE Bytes low_nibbles(Bytes x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
 PALLASITE_INLINE Bytes high_nibbles(Bytes x) {
   return _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15));
@@ -121,9 +222,10 @@ PALLASITE_INLINE int32_t load_word(const int8_t* x) {
   return word;
 }
 
+// Four bytes of x, in each lane.
+PALLASITE_INLINE Bytes spread(const int8_t* x) { return _mm512_set1_epi32(load_word(x)); }
 // Adds to each lane its four bytes of `codes`, each below 16, times the four of x.
-PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, const int8_t* x) {
-  const __m512i word = _mm512_set1_epi32(load_word(x));
+PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, Bytes word) {
 #if defined(PALLASITE_VNNI)
   return _mm512_dpbusd_epi32(sums, codes, word);
 #else

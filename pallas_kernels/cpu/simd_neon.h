@@ -125,26 +125,28 @@ PALLASITE_INLINE int32_t total(Ints x) {
 PALLASITE_INLINE void largest_of_four(const Floats (&x)[4], float* out) {
   for (int i = 0; i < 4; ++i) out[i] = largest(x[i]);
 }
+PALLASITE_INLINE void totals_of_four(const Floats (&x)[4], float* out) {
+  for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
+}
 PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
   for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
 }
-PALLASITE_INLINE int32_t lane_of(Floats a, Floats b, float magnitude) {
-  float lanes[32];
-  store(lanes, abs(a));
-  store(lanes + 16, abs(b));
-  int32_t index = 0;
-  while (index < 31 && lanes[index] != magnitude) ++index;
-  return index;
-}
-PALLASITE_INLINE float take_lane(Floats& a, Floats& b, int32_t index) {
-  float lanes[32];
-  store(lanes, a);
-  store(lanes + 16, b);
-  const float taken = lanes[index];
-  lanes[index] = 0.0f;
-  a = load(lanes);
-  b = load(lanes + 16);
-  return taken;
+PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
+                                   float* left) {
+  for (int i = 0; i < 4; ++i) {
+    float lanes[32];
+    store(lanes, a[i]);
+    store(lanes + 16, b[i]);
+    const float magnitude = largest(max(abs(a[i]), abs(b[i])));
+    int32_t place = 0;
+    while (place < 31 && __builtin_fabsf(lanes[place]) != magnitude) ++place;
+    places[i] = place;
+    kept[i] = lanes[place];
+    lanes[place] = 0.0f;
+    a[i] = load(lanes);
+    b[i] = load(lanes + 16);
+    left[i] = largest(max(abs(a[i]), abs(b[i])));
+  }
 }
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
   return by_quarters<Ints>([&](int i) {
@@ -156,6 +158,9 @@ PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t
 PALLASITE_INLINE Bytes load_bytes(const uint8_t* x) {
   return by_quarters<Bytes>([&](int i) { return vld1q_u8(x + 16 * i); });
 }
+PALLASITE_INLINE void store_bytes(uint8_t* out, Bytes x) {
+  for (int i = 0; i < 4; ++i) vst1q_u8(out + 16 * i, x.part[i]);
+}
 PALLASITE_INLINE Bytes low_nibbles(Bytes x) {
   return by_quarters<Bytes>([&](int i) { return vandq_u8(x.part[i], vdupq_n_u8(15)); });
 }
@@ -163,21 +168,20 @@ PALLASITE_INLINE Bytes high_nibbles(Bytes x) {
   return by_quarters<Bytes>([&](int i) { return vshrq_n_u8(x.part[i], 4); });
 }
 
-PALLASITE_INLINE int8x16_t splat_word(const void* x) {
+PALLASITE_INLINE int8x16_t spread(const void* x) {
   int32_t word;
   std::memcpy(&word, x, sizeof(word));
   return vreinterpretq_s8_s32(vdupq_n_s32(word));
 }
 
-PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, const int8_t* x) {
-  const int8x16_t word = splat_word(x);
+PALLASITE_INLINE Ints dot_nibbles(Ints sums, Bytes codes, int8x16_t word) {
   return by_quarters<Ints>([&](int i) {
     return vdotq_s32(sums.part[i], vreinterpretq_s8_u8(codes.part[i]), word);
   });
 }
 
 PALLASITE_INLINE Ints dot_bytes(Ints sums, Bytes codes, const int8_t* x) {
-  const int8x16_t word = splat_word(x);
+  const int8x16_t word = spread(x);
   return by_quarters<Ints>([&](int i) {
     const uint8x16_t values = veorq_u8(codes.part[i], vdupq_n_u8(0x80));
     return vdotq_s32(sums.part[i], vreinterpretq_s8_u8(values), word);
@@ -185,7 +189,7 @@ PALLASITE_INLINE Ints dot_bytes(Ints sums, Bytes codes, const int8_t* x) {
 }
 
 PALLASITE_INLINE Floats dot_bfloat16(Floats sums, Bytes weights, const uint16_t* x) {
-  const uint32x4_t pair = vreinterpretq_u32_s8(splat_word(x));
+  const uint32x4_t pair = vreinterpretq_u32_s8(spread(x));
   const float32x4_t first = vreinterpretq_f32_u32(vshlq_n_u32(pair, 16));
   const float32x4_t second = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000)));
   return by_quarters<Floats>([&](int i) {

@@ -24,6 +24,8 @@ class Case:
         minimums: f32 [out, groups] beside uint8; else None.
         quantizes_inputs: whether x is rounded to int8.
         keeps_largest: whether the largest of each group of x is not.
+        dots_pairs: whether a body takes the largest, and products with minimums, as bfloat16: then
+            what that leaves of the largest is rounded with the others.
     """
 
     x: np.ndarray
@@ -32,6 +34,7 @@ class Case:
     minimums: np.ndarray | None
     quantizes_inputs: bool
     keeps_largest: bool = False
+    dots_pairs: bool = False
 
     def weight(self) -> tuple[np.ndarray, np.ndarray]:
         """Returns f64 [out, in] that the matrix stands for, and how far f32 may lie from each."""
@@ -101,6 +104,7 @@ class Case:
             if self.keeps_largest:
                 each, place = np.arange(len(self.x)), np.abs(self.x[:, own]).argmax(axis=1)
                 kept[each, place] = self.x[:, own][each, place]
+                kept = rounded(kept) if self.dots_pairs else kept
             rows, steps, ties = rounded_to_int8(self.x[:, own] - kept.astype(np.float32))
             scaled = numbers[:, own] * self.scales[:, g : g + 1].astype(np.float64)
             product += kept @ scaled.T
@@ -117,6 +121,14 @@ class Case:
                 sums = np.abs(parts[0]) + np.abs(parts[1])
                 slack += ties.sum(axis=1, keepdims=True) * steps * np.abs(minimums)
                 slack += (2 * num_groups + 6) * UNIT * np.abs(sums * minimums)
+                if self.dots_pairs:
+                    scales = self.scales[:, g].astype(np.float64)
+                    # The codes' middle is exact in f32. The rest of the minimum, by an inverse of
+                    # 14 bits, has eight; so has the sum that it is multiplied with.
+                    slack += (2 * num_groups + 6) * UNIT * 8 * np.abs(sums * scales)
+                    total = np.abs(parts[0] + parts[1])
+                    rest = 2.0**-7 * np.abs(minimums + 8 * scales) + 2.0**-14 * np.abs(minimums)
+                    slack += 1.05 * total * rest
         return product, slack
 
     def with_fault(self, fault: str) -> "Case":

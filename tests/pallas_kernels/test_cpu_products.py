@@ -89,7 +89,7 @@ class Held:
             groups = groups + self.minimums[LAYER].astype(np.float64)[..., None]
         return groups.reshape(values.shape)
 
-    def product(self, x):
+    def product(self, x, instructions):
         """f64 [T, out] of f32 x, and how far from each a right answer may lie."""
         if self.kind == "bf16":
             rounded = x.astype(ml_dtypes.bfloat16).astype(np.float64)
@@ -106,6 +106,7 @@ class Held:
             minimums=None if self.minimums is None else self.minimums[LAYER].astype(np.float32),
             quantizes_inputs=True,
             keeps_largest=True,
+            dots_pairs=instructions == "avx512-vnni",
         )
         return case.product(np.dtype(ml_dtypes.bfloat16))
 
@@ -139,7 +140,10 @@ def test_products(instructions, kind, T, rng):
         dtype = jnp.dtype(jnp.bfloat16)
         for is_stacked in (True, False):
             matrix = held.matrix(target, is_stacked)
-            check(jax.jit(quantized_matmul, static_argnums=2)(x, matrix, dtype), *held.product(x))
+            check(
+                jax.jit(quantized_matmul, static_argnums=2)(x, matrix, dtype),
+                *held.product(x, instructions),
+            )
 
 
 @each_body
@@ -150,29 +154,40 @@ def test_rows_of_outputs_that_are_far_apart(instructions, kind, rng):
     out = jax.jit(quantized_matmul, static_argnums=2)(
         x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
     )
-    check(out, *held.product(x))
+    check(out, *held.product(x, instructions))
 
 
 @each_body
 @each_kind
 def test_many_rows_and_inputs(instructions, kind, rng):
     """More than are rounded, or stay in a cache, at once."""
-    held, x = Held(rng, kind, 64, 1536), make_x(rng, 600, 1536)
+    held, x = Held(rng, kind, 80, 1632), make_x(rng, 601, 1632)
     out = jax.jit(quantized_matmul, static_argnums=2)(
         x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
     )
-    check(out, *held.product(x))
+    check(out, *held.product(x, instructions))
 
 
 @each_body
 @each_kind
 def test_a_row_does_not_depend_on_those_beside_it(instructions, kind, rng):
-    held, x = Held(rng, kind, 48, 160), make_x(rng, 29, 160)
+    held, x = Held(rng, kind, 48, 160), make_x(rng, 151, 160)
     matrix = held.matrix(cpu_target(instructions))
     whole = np.asarray(fused_matmul(jnp.asarray(x), [matrix], Fused()))
-    for first, last in ((0, 1), (5, 7), (3, 15), (28, 29)):
+    for first, last in ((0, 1), (5, 7), (3, 15), (28, 77), (140, 151)):
         part = fused_matmul(jnp.asarray(x[first:last]), [matrix], Fused())
         np.testing.assert_array_equal(part, whole[first:last])
+
+
+@each_body
+@pytest.mark.parametrize("T", [3, 100])
+def test_groups_that_are_their_minimum(instructions, T, rng):
+    """Quantizers give no scale to weights that are all the same."""
+    held, x = Held(rng, "q4_1", 48, 160), make_x(rng, T, 160)
+    held.scales[:, ::3, ::2] = 0
+    held.minimums[:, 1::3, 1::2] = 0
+    out = fused_matmul(jnp.asarray(x), [held.matrix(cpu_target(instructions))], Fused())
+    check(out, *held.product(x, instructions))
 
 
 @each_body
@@ -180,7 +195,7 @@ def test_a_row_does_not_depend_on_those_beside_it(instructions, kind, rng):
 def test_rows_that_are_not_in_use_are_zeros(instructions, kind, rng):
     held, x = Held(rng, kind, 32, 64), make_x(rng, 20, 64)
     matrix = held.matrix(cpu_target(instructions))
-    expected, tolerance = held.product(x)
+    expected, tolerance = held.product(x, instructions)
     x[9:] = np.nan
     for count in (0, 1, 9):
         fused = Fused(count=jnp.int32(count))
@@ -205,7 +220,7 @@ def test_what_is_fused(instructions, kind, rng):
     groups = np.abs(normed).reshape(T, -1, 32).max(-1)
     step = groups / 127 if kind != "bf16" else groups / 256
     near = 1e-3 * np.repeat(step, 32, axis=1) @ np.ones((D, 1))
-    parts = [held.product(normed.astype(np.float32)) for held in (gate, up, other)]
+    parts = [held.product(normed.astype(np.float32), instructions) for held in (gate, up, other)]
     largest = max(np.abs(held.weight()).max() for held in (gate, up, other))
     slack = np.concatenate([own for _, own in parts], axis=1) + near * largest
     # A tie that falls the other way is a whole step of one input.
@@ -232,7 +247,7 @@ def test_gates(instructions, kind, activation, rng):
     x[3] *= 1e4  # far out on both sides of the gate
     fused = Fused(gate=activation)
     out = fused_matmul(jnp.asarray(x), [gate.matrix(target), up.matrix(target)], fused)
-    (g, g_slack), (u, u_slack) = gate.product(x), up.product(x)
+    (g, g_slack), (u, u_slack) = gate.product(x, instructions), up.product(x, instructions)
     with np.errstate(over="ignore"):
         if activation == "silu":
             active = g / (1 + np.exp(-g))
@@ -241,7 +256,7 @@ def test_gates(instructions, kind, activation, rng):
     # Neither gate is steeper than 1.13.
     slack = 1.13 * g_slack * (np.abs(u) + u_slack) + np.abs(active) * u_slack
     check(out, active * u, slack + 2e-6 * np.abs(active * u) + 1e-6 * np.abs(u))
-    assert (np.abs(active * u) > 100 * slack).mean() > 0.3
+    assert (np.abs(active * u) > 30 * slack).mean() > 0.3
 
 
 @each_kind
@@ -278,7 +293,7 @@ def test_without_bodies_strips_are_xlas(rng):
     held, x = Held(rng, "q4_1", 32, 64), make_x(rng, 5, 64)
     matrix = held.matrix(CPU, is_stacked=False)
     assert not fuses(matrix)
-    check(quantized_matmul(jnp.asarray(x), matrix, jnp.dtype(jnp.bfloat16)), *held.product(x))
+    check(quantized_matmul(jnp.asarray(x), matrix, jnp.dtype(jnp.bfloat16)), *held.product(x, ""))
 
 
 @each_body
