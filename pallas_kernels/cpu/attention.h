@@ -49,32 +49,10 @@ PALLASITE_INLINE int64_t last_key(const Attention& a, const Task& task, int64_t 
   return own < seen ? own : seen;
 }
 
-// Attends a block of keys from `begin` on with the queries of one key head.
-PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t kv_head,
-                                   const Block& block, int64_t begin, Ahead& ahead) {
+// Turns the scores of all rows into weights.
+PALLASITE_INLINE void weigh_rows(const Attention& a, const Task& task, const Block& block,
+                                 int64_t begin, int64_t seen) {
   const int64_t group = a.num_heads / a.cache.num_kv_heads;
-  const bool is_wide = a.cache.type == CacheType::kFloat32;
-  const int64_t rest = task.key_end - begin;
-  const int64_t seen = rest < block.most_keys ? rest : block.most_keys;
-  const int64_t num_strips = (seen + kLanes - 1) / kLanes;
-  for (int64_t strip = 0; strip < num_strips; ++strip) {
-    const int64_t count = seen - strip * kLanes;
-    pack_rows(a, task.request, kv_head, block, strip, begin + strip * kLanes,
-              count < kLanes ? count : kLanes, ahead);
-  }
-  // Rows of a tile see different keys: what none of them sees is not computed.
-  for (int64_t row = 0; row < block.num_rows; row += kMaxRows) {
-    const int64_t end = row + kMaxRows < block.num_rows ? row + kMaxRows : block.num_rows;
-    int64_t most = 0;
-    for (int64_t own = row; own < end; ++own) {
-      const int64_t last = last_key(a, task, begin, seen, own / group);
-      most = last > most ? last : most;
-    }
-    block.ends[row / kMaxRows] = static_cast<int32_t>((most + kLanes - 1) / kLanes * kLanes);
-  }
-  for_tiles(block.num_rows,
-            [&](int64_t row) PALLASITE_LAMBDA { return block.keys_of(row) / kLanes; },
-            ScoreTile{block, is_wide});
   for (int64_t row = 0; row < block.num_rows; row += 4) {
     const int64_t count = row + 4 < block.num_rows ? 4 : block.num_rows - row;
     int64_t first[4], last[4];
@@ -86,6 +64,51 @@ PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t
     }
     weigh(a, block, row, count, first, last);
   }
+}
+
+// Attends a block of keys from `begin` on with the queries of one key head.
+PALLASITE_INLINE void attend_block(const Attention& a, const Task& task, int64_t kv_head,
+                                   const Block& block, int64_t begin, Ahead& ahead) {
+  const int64_t group = a.num_heads / a.cache.num_kv_heads;
+  const bool is_wide = a.cache.type == CacheType::kFloat32;
+  const int64_t rest = task.key_end - begin;
+  const int64_t seen = rest < block.most_keys ? rest : block.most_keys;
+  // Rows of a tile see different keys: what none of them sees is not computed.
+  for (int64_t row = 0; row < block.num_rows; row += kMaxRows) {
+    const int64_t end = row + kMaxRows < block.num_rows ? row + kMaxRows : block.num_rows;
+    int64_t most = 0;
+    for (int64_t own = row; own < end; ++own) {
+      const int64_t last = last_key(a, task, begin, seen, own / group);
+      most = last > most ? last : most;
+    }
+    block.ends[row / kMaxRows] = static_cast<int32_t>((most + kLanes - 1) / kLanes * kLanes);
+  }
+#if defined(PALLASITE_WIDE)
+  {
+    const auto attend_query = [&](auto rows) PALLASITE_LAMBDA {
+      constexpr int kRows = decltype(rows)::value;
+      score_query<kRows>(a, task, kv_head, block, begin, seen, ahead);
+      weigh_rows(a, task, block, begin, seen);
+      mix_query<kRows>(a, task, kv_head, block, begin, seen, ahead);
+    };
+    if (is_query(a, task, block)) {
+      if (block.num_rows == 1) return attend_query(Size<1>{});
+      if (block.num_rows == 2) return attend_query(Size<2>{});
+      if (block.num_rows == 3) return attend_query(Size<3>{});
+      return attend_query(Size<4>{});
+    }
+  }
+#endif
+  const int64_t num_strips = (seen + kLanes - 1) / kLanes;
+  for (int64_t strip = 0; strip < num_strips; ++strip) {
+    const int64_t count = seen - strip * kLanes;
+    pack_rows(a, task.request, kv_head, block, strip, begin + strip * kLanes,
+              count < kLanes ? count : kLanes, ahead);
+  }
+  for_tiles(block.num_rows,
+            [&](int64_t row) PALLASITE_LAMBDA { return block.keys_of(row) / kLanes; },
+            ScoreTile{block, is_wide});
+  weigh_rows(a, task, block, begin, seen);
   const int64_t num_channels = block.head_width / kLanes;
   for_tiles(block.num_rows, [=](int64_t) PALLASITE_LAMBDA { return num_channels; },
             ValueTile{block, is_wide});

@@ -78,6 +78,13 @@ PALLASITE_INLINE const uint16_t* as_halves(const Block& block, CacheType type, c
   return out;
 }
 
+// Copies the scales of sixteen rows, where they have any, the first `count` of them; the others are
+// zeros.
+PALLASITE_INLINE void copy_scales(const Rows& rows, int64_t count, float* out) {
+  if (rows.scales == nullptr) return;
+  for (int64_t row = 0; row < kLanes; ++row) out[row] = row < count ? rows.scales[row] : 0.0f;
+}
+
 // Packs sixteen keys and values of a block, `count` of which there are.
 PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_head,
                                 const Block& block, int64_t strip, int64_t position,
@@ -121,10 +128,6 @@ PALLASITE_INLINE void pack_rows(const Attention& a, int64_t request, int64_t kv_
                         channels + (channel / kLanes * block.most_keys / 2 + pair) * 32);
     }
   }
-  if (keys.scales != nullptr) {
-    for (int64_t row = 0; row < kLanes; ++row) {
-      block.key_scales[strip * kLanes + row] = row < count ? keys.scales[row] : 0.0f;
-      block.value_scales[strip * kLanes + row] = row < count ? values.scales[row] : 0.0f;
-    }
-  }
+  copy_scales(keys, count, block.key_scales + strip * kLanes);
+  copy_scales(values, count, block.value_scales + strip * kLanes);
 }

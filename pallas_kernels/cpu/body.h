@@ -46,6 +46,9 @@ struct Size {
 #include "attention_block.h"
 #include "attention_pages.h"
 #include "softmax.h"
+#if defined(PALLASITE_WIDE)
+#include "attention_query.h"
+#endif
 #include "attention.h"
 #include "peaks.h"
 }  // namespace

@@ -1,6 +1,9 @@
 // Sixteen lanes in the registers of AVX-512: with VNNI where PALLASITE_VNNI is defined, and with
 // BF16 where PALLASITE_BF16 is. Included within a namespace of its own; see bodies.h for the names.
 
+// A strip is one register: what uses that has bodies of its own.
+#define PALLASITE_WIDE
+
 using Floats = __m512;
 using Ints = __m512i;
 using Bytes = __m512i;
@@ -269,8 +272,10 @@ PALLASITE_INLINE Floats dot_bfloat16(Floats sums, Bytes weights, const uint16_t*
 #endif
 }
 
-// Writes out[c][r] = rows[r][c] for 16 rows of 16 words, each row `stride` words after the last.
-PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint32_t* out) {
+// Calls use(c, column c) for all columns of 16 rows of 16 words, each row `stride` words after the
+// last.
+template <typename Use>
+PALLASITE_INLINE void for_columns(const uint32_t* rows, int64_t stride, const Use& use) {
   __m512i a[16], b[16];
 #pragma GCC unroll 16
   for (int r = 0; r < 16; ++r) a[r] = _mm512_loadu_si512(rows + r * stride);
@@ -294,22 +299,30 @@ PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint
     const __m512i second = _mm512_shuffle_i32x4(a[c], a[4 + c], 0xdd);
     const __m512i third = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0x88);
     const __m512i fourth = _mm512_shuffle_i32x4(a[8 + c], a[12 + c], 0xdd);
-    _mm512_storeu_si512(out + 16 * c, _mm512_shuffle_i32x4(first, third, 0x88));
-    _mm512_storeu_si512(out + 16 * (8 + c), _mm512_shuffle_i32x4(first, third, 0xdd));
-    _mm512_storeu_si512(out + 16 * (4 + c), _mm512_shuffle_i32x4(second, fourth, 0x88));
-    _mm512_storeu_si512(out + 16 * (12 + c), _mm512_shuffle_i32x4(second, fourth, 0xdd));
+    use(c, _mm512_shuffle_i32x4(first, third, 0x88));
+    use(8 + c, _mm512_shuffle_i32x4(first, third, 0xdd));
+    use(4 + c, _mm512_shuffle_i32x4(second, fourth, 0x88));
+    use(12 + c, _mm512_shuffle_i32x4(second, fourth, 0xdd));
   }
 }
+// Writes out[c][r] = rows[r][c].
+PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint32_t* out) {
+  for_columns(rows, stride,
+              [out](int c, Bytes column) PALLASITE_LAMBDA { _mm512_storeu_si512(out + 16 * c, column); });
+}
 
-// Writes sixteen pairs (a[i], b[i]).
-PALLASITE_INLINE void interleave_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+// Sixteen pairs (a[i], b[i]).
+PALLASITE_INLINE Bytes interleaved_halves(const uint16_t* a, const uint16_t* b) {
   const __m512i order = _mm512_set_epi16(
       47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4, 35,
       3, 34, 2, 33, 1, 32, 0);
   const __m256i first = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
   const __m256i second = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-  _mm512_storeu_si512(out, _mm512_permutex2var_epi16(_mm512_castsi256_si512(first), order,
-                                                     _mm512_castsi256_si512(second)));
+  return _mm512_permutex2var_epi16(_mm512_castsi256_si512(first), order,
+                                   _mm512_castsi256_si512(second));
+}
+PALLASITE_INLINE void interleave_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
+  _mm512_storeu_si512(out, interleaved_halves(a, b));
 }
 
 // x in the lanes [begin, end), `other` in the rest.
