@@ -1,6 +1,6 @@
-// Attention over a paged cache, for one instruction set. Included within a namespace of its own,
-// after products.h, whose tiles it uses: a block's keys are packed as strips of sixteen, and so are
-// its values' channels, and then both are products as any other.
+// Attention over a paged cache. Included within a namespace of its own, after attention_block.h,
+// attention_pages.h and softmax.h: a block's keys are packed as strips of sixteen, and so are its
+// values' channels, and then both are products as any other.
 //
 // Queries and weights are rounded to bfloat16 where the cache is, or is int8, whose values bfloat16
 // holds; scores, sums and an int8 cache's scales are f32. A cache of f32 has f32 products.
@@ -158,17 +158,19 @@ void merge(const Attention& a, int64_t token, const float* parts, int64_t num_pa
   const int64_t width = a.cache.head_width, stride = a.num_heads * (2 + width);
   for (int64_t head = 0; head < a.num_heads; ++head) {
     const float* own = parts + head * (2 + width);
+    // A part's NaN comes into the sum, whatever the largest is.
     float most = -__builtin_inff();
     for (int64_t p = 0; p < num_parts; ++p) most = __builtin_fmaxf(most, own[p * stride]);
+    const float reference = most == -__builtin_inff() ? 0.0f : most;
     float* out = a.out + (token * a.num_heads + head) * width;
     for (int64_t i = 0; i < width; i += kLanes) store(out + i, zeros());
-    if (most == -__builtin_inff()) continue;
     float sum = 0;
     for (int64_t p = 0; p < num_parts; ++p) {
-      sum += own[p * stride + 1] * __builtin_exp2f(own[p * stride] - most);
+      sum += own[p * stride + 1] * __builtin_exp2f(own[p * stride] - reference);
     }
+    if (sum == 0) continue;
     for (int64_t p = 0; p < num_parts; ++p) {
-      const Floats factor = splat(__builtin_exp2f(own[p * stride] - most) / sum);
+      const Floats factor = splat(__builtin_exp2f(own[p * stride] - reference) / sum);
       for (int64_t i = 0; i < width; i += kLanes) {
         store(out + i, fma(load(own + p * stride + 2 + i), factor, load(out + i)));
       }

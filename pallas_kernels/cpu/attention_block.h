@@ -1,5 +1,5 @@
-// A block of keys and values, and products with it, for one instruction set. Included within a
-// namespace of its own, after products.h.
+// A block of keys and values, and products with it. Included within a namespace of its own, after
+// products.h.
 
 // Keys of a block, at most: for a tile of queries what is packed of them stays in the second-level
 // cache, for one query's heads in the first.

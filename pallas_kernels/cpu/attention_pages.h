@@ -1,5 +1,5 @@
-// Keys and values from pages into a block, for one instruction set. Included within a namespace of its
-// own, after attention_block.h.
+// Keys and values from pages into a block. Included within a namespace of its own, after
+// attention_block.h.
 
 // Sixteen keys or values of a page: where they lie, and what they are scaled by.
 struct Rows {

@@ -50,8 +50,8 @@ struct Group {
   // For nibbles, where bodies take it as bfloat16: see groups.h.
   uint32_t pair;
   float middle;
-  int32_t words;
-  uint32_t bits;
+  int32_t offset;
+  uint32_t mask;
 };
 
 // Rows of x as products take them: int8 in groups, or bfloat16.

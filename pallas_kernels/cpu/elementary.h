@@ -22,7 +22,7 @@ PALLASITE_INLINE Floats exponential(Floats x) {
 
 // Two to the power of x, to one unit in the last place; 0 below -150, NaN for NaN.
 // The polynomial is the one of least relative error on half a unit around 0 that is 1 at 0.
-PALLASITE_INLINE Floats power_of_two(Floats x) {
+PALLASITE_INLINE Floats exponential_of_two(Floats x) {
   // The order of the arguments keeps NaNs.
   x = max(splat(-200.0f), x);
   const Floats n = round_to_whole(x);

@@ -1,5 +1,5 @@
-// A group of 32 inputs and its products with the codes of a strip, for one instruction set. Included
-// within a namespace of its own, after its simd_*.h.
+// A group of 32 inputs and its products with the codes of a strip. Included within a namespace of its
+// own, after its simd_*.h.
 
 // How far ahead the codes of a strip are fetched. A strip is read once from memory, in order.
 constexpr int64_t kPrefetchBytes = 4096;
@@ -48,8 +48,7 @@ constexpr Spots<kIsNibbles> kSpots;
 //   scales * (dots * scale - 8 * sum + (kept * largest + ratios * sum)), ratios = minimums / scales + 8.
 // A code's middle, 8, is counted in f32, and leaves bfloat16 little to round: weights about zero have
 // minimums of about -8 scales.
-// Is added to scales: to those of any group nothing, but a group without a scale is its minimum, and
-// then has one that leaves its codes next to no weight.
+// Of a group without a scale, which is its minimum: it leaves the codes next to no weight.
 constexpr float kLeastScale = 0x1p-60f;
 
 struct Terms {
@@ -61,7 +60,7 @@ template <bool kIsNibbles, bool kHalfScales>
 PALLASITE_INLINE Terms load_terms(const Matrix& matrix, int64_t at) {
   const Floats scales = load_scales<kHalfScales>(matrix.scales, at);
   if constexpr (!kIsNibbles) return {scales, splat_int(0)};
-  const Floats some = add(scales, splat(kLeastScale));
+  const Floats some = replace_zeros(scales, kLeastScale);
   const Floats minimums = load_scales<kHalfScales>(matrix.minimums, at);
   return {some, low_halves(fma(minimums, inverse(some), splat(8.0f)))};
 }
@@ -72,14 +71,14 @@ PALLASITE_INLINE void prepare_pair(Group& group) {
   const Spot& spot = kSpots<true>.of[group.place];
   group.pair = bfloat16_bits(group.sum) | bfloat16_bits(group.largest * spot.unit) << 16;
   group.middle = -8.0f * group.sum;
-  group.words = spot.offset;
-  group.bits = 15u << spot.shift;
+  group.offset = spot.offset;
+  group.mask = 15u << spot.shift;
 }
 
 PALLASITE_INLINE Floats add_nibbles(Ints dots, const uint8_t* words, const Terms& terms,
                                     const Group& group, Floats sums) {
   const Floats own = fma(to_floats(dots), splat(group.scale), splat(group.middle));
-  return fma(dot_bits(own, words + group.words, group.bits, terms.ratios, group.pair),
+  return fma(dot_bits(own, words + group.offset, group.mask, terms.ratios, group.pair),
              terms.scales, sums);
 }
 #else

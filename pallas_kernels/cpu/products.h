@@ -1,5 +1,5 @@
-// Products with matrices in strips of sixteen rows, for one instruction set. Included within a
-// namespace of its own, after its simd_*.h.
+// Products with matrices in strips of sixteen rows. Included within a namespace of its own, after
+// groups.h and elementary.h.
 //
 // A tile is one strip of a matrix times up to kMaxRows rows of x: each lane is a row of the matrix,
 // and the four inputs that an integer dot takes at once are broadcast from x. A group's 32 products
@@ -23,7 +23,9 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
     Ints dots[kRows];
     for (int r = 0; r < kRows; ++r) {
       const bool has_zero = !kIsNibbles && kByteZero != 0;
-      dots[r] = splat_int(has_zero ? -kByteZero * groups[r].whole_sum : 0);
+      // Of a NaN's group this overflows, and does not matter.
+      const uint32_t zeros_sum = static_cast<uint32_t>(kByteZero) * static_cast<uint32_t>(groups[r].whole_sum);
+      dots[r] = splat_int(has_zero ? static_cast<int32_t>(0u - zeros_sum) : 0);
     }
 #pragma GCC unroll 8
     for (int64_t j = 0; j < kVectors; ++j) {
@@ -68,12 +70,12 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
 }
 
 // The products of `kRows` rows of bfloat16, `stride` apart, with one strip of pairs.
-template <int kRows, bool kFetches>
+template <int kRows>
 PALLASITE_INLINE void multiply_pairs(const uint8_t* weights, int64_t num_pairs, const uint16_t* x,
                                      int64_t stride, Floats (&sums)[kRows]) {
   for (int r = 0; r < kRows; ++r) sums[r] = zeros();
   for (int64_t pair = 0; pair < num_pairs; ++pair) {
-    if constexpr (kFetches) prefetch(weights);
+    prefetch(weights);
     const Bytes own = load_bytes(weights);
     weights += 64;
 #pragma GCC unroll 16
@@ -88,7 +90,7 @@ PALLASITE_INLINE void multiply_strip(const Matrix& matrix, int64_t strip, const 
                                      int64_t row, Floats (&sums)[kRows]) {
   if (matrix.kind == Kind::kBfloat16) {
     const int64_t num_pairs = matrix.num_inputs / 2;
-    multiply_pairs<kRows, true>(matrix.values + strip * num_pairs * 64, num_pairs,
+    multiply_pairs<kRows>(matrix.values + strip * num_pairs * 64, num_pairs,
                                 x.halves + row * x.num_inputs, x.num_inputs, sums);
     return;
   }

@@ -1,5 +1,29 @@
-// Rows as products take them: int8 in groups, or bfloat16; for one instruction set. Included within a
-// namespace of its own, after groups.h.
+// Rows as products take them: int8 in groups, or bfloat16. Included within a namespace of its own,
+// after groups.h.
+
+#if !defined(PALLASITE_WIDE)
+// Takes from each of four times 32 floats, sixteen in `a` and sixteen in `b`, the first of the largest
+// magnitude: says where it is, and gives the largest magnitude of what is left, NaN where any float is.
+PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
+                                   float* left) {
+  for (int i = 0; i < 4; ++i) {
+    float lanes[32];
+    store(lanes, a[i]);
+    store(lanes + 16, b[i]);
+    bool has_nan = false;
+    for (const float lane : lanes) has_nan |= lane != lane;
+    const float magnitude = largest(max(abs(a[i]), abs(b[i])));
+    int32_t place = 0;
+    while (place < 31 && __builtin_fabsf(lanes[place]) != magnitude) ++place;
+    places[i] = place;
+    kept[i] = lanes[place];
+    lanes[place] = 0.0f;
+    a[i] = load(lanes);
+    b[i] = load(lanes + 16);
+    left[i] = has_nan ? __builtin_nanf("") : largest(max(abs(a[i]), abs(b[i])));
+  }
+}
+#endif
 
 // Rounds some groups of a row to int8, each with a scale, as `quantize_rows` defines it, but for the
 // largest of each. `value` gives sixteen of the row's floats.

@@ -133,23 +133,6 @@ PALLASITE_INLINE void totals_of_four(const Floats (&x)[4], float* out) {
 PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
   for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
 }
-PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
-                                   float* left) {
-  for (int i = 0; i < 4; ++i) {
-    float lanes[32];
-    store(lanes, a[i]);
-    store(lanes + 16, b[i]);
-    const float magnitude = largest(max(abs(a[i]), abs(b[i])));
-    int32_t place = 0;
-    while (place < 31 && __builtin_fabsf(lanes[place]) != magnitude) ++place;
-    places[i] = place;
-    kept[i] = lanes[place];
-    lanes[place] = 0.0f;
-    a[i] = load(lanes);
-    b[i] = load(lanes + 16);
-    left[i] = largest(max(abs(a[i]), abs(b[i])));
-  }
-}
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
   const auto* halves = reinterpret_cast<const __m256i*>(words);
   const __m128i count = _mm_cvtsi32_si128(shift);

@@ -107,9 +107,13 @@ PALLASITE_INLINE uint32_t bfloat16_bits(float x) {
   std::memcpy(&bits, &x, sizeof(bits));
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
+PALLASITE_INLINE Floats replace_zeros(Floats x, float by) {
+  // Of the eight classes of numbers, all but zeros are taken from x.
+  return _mm512_fixupimm_ps(splat(by), x, _mm512_set1_epi32(0x11111011), 0);
+}
 // One over x, to 14 bits.
 PALLASITE_INLINE Floats inverse(Floats x) { return _mm512_rcp14_ps(x); }
-// Each as bfloat16, the nearest, in the low half of its word; no NaN is one of them.
+// Each as bfloat16, the nearest, in the low half of its word. NaNs may become any number.
 PALLASITE_INLINE Ints low_halves(Floats x) {
   return _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(x), _mm512_set1_epi32(0x8000)), 16);
 }
@@ -158,9 +162,9 @@ PALLASITE_INLINE void tops_of_four(const Tops (&x)[4], __m128& largest, __m128& 
       _mm_min_ps(c, d),
       _mm_max_ps(_mm256_castps256_ps128(second), _mm256_extractf128_ps(second, 1)));
 }
-// Takes from each four of 32 floats, sixteen in `a` and sixteen in `b`, the first of the largest
+// Takes from each of four times 32 floats, sixteen in `a` and sixteen in `b`, the first of the largest
 // magnitude: leaves there what it is more than `kept`, says where that is, and gives the largest
-// magnitude of what is left.
+// magnitude of what is left, NaN where any float is.
 PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
                                    float* left) {
   Tops each[4];
@@ -188,6 +192,7 @@ PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, 
   _mm_store_ps(rests, rest);
   const __m512i sign = _mm512_set1_epi32(INT32_MIN);
   for (int i = 0; i < 4; ++i) {
+    if (_mm512_cmp_ps_mask(a[i], b[i], _CMP_UNORD_Q) != 0) left[i] = __builtin_nanf("");
     const Floats top = splat(tops[i]);
     const __m512i own = _mm512_castps_si512(splat(rests[i]));
     const uint32_t low = _mm512_cmp_ps_mask(abs(a[i]), top, _CMP_EQ_OQ);

@@ -131,23 +131,6 @@ PALLASITE_INLINE void totals_of_four(const Floats (&x)[4], float* out) {
 PALLASITE_INLINE void totals_of_four(const Ints (&x)[4], int32_t* out) {
   for (int i = 0; i < 4; ++i) out[i] = total(x[i]);
 }
-PALLASITE_INLINE void take_largest(Floats (&a)[4], Floats (&b)[4], float* kept, int32_t* places,
-                                   float* left) {
-  for (int i = 0; i < 4; ++i) {
-    float lanes[32];
-    store(lanes, a[i]);
-    store(lanes + 16, b[i]);
-    const float magnitude = largest(max(abs(a[i]), abs(b[i])));
-    int32_t place = 0;
-    while (place < 31 && __builtin_fabsf(lanes[place]) != magnitude) ++place;
-    places[i] = place;
-    kept[i] = lanes[place];
-    lanes[place] = 0.0f;
-    a[i] = load(lanes);
-    b[i] = load(lanes + 16);
-    left[i] = largest(max(abs(a[i]), abs(b[i])));
-  }
-}
 PALLASITE_INLINE Ints part_of_words(const uint8_t* words, int32_t shift, int32_t mask) {
   return by_quarters<Ints>([&](int i) {
     const uint32x4_t all = vreinterpretq_u32_u8(vld1q_u8(words + 16 * i));
@@ -219,7 +202,8 @@ PALLASITE_INLINE void transpose_words(const uint32_t* rows, int64_t stride, uint
 
 PALLASITE_INLINE void interleave_halves(const uint16_t* a, const uint16_t* b, uint16_t* out) {
   for (int i = 0; i < 16; i += 8) {
-    vst2q_u16(out + 2 * i, uint16x8x2_t{{vld1q_u16(a + i), vld1q_u16(b + i)}});
+    const uint16x8x2_t pairs = {{vld1q_u16(a + i), vld1q_u16(b + i)}};
+    vst2q_u16(out + 2 * i, pairs);
   }
 }
 

@@ -1,7 +1,6 @@
-// Weights of keys from their scores, for one instruction set. Included within a namespace of its own,
-// after attention_block.h.
+// Weights of keys from their scores. Included within a namespace of its own, after attention_block.h.
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLog2E = 1.44269504f;
 
 // Makes final scores of a row's: scaled, capped, and without keys outside [first, last). Returns the
 // largest of each lane.
@@ -31,17 +30,15 @@ PALLASITE_INLINE Floats finish_scores(const Attention& a, const Block& block, in
 // Makes weights of a row's scores: two to the power of score / ln 2 - reference. Returns their sum,
 // lane by lane.
 PALLASITE_INLINE Floats make_weights(const Attention& a, const Block& block, int64_t row,
-                                     int64_t first, int64_t last, float reference) {
+                                     float reference) {
   const float* scores = block.scores + row * block.most_keys;
   const int64_t num_keys = block.keys_of(row), at = row * block.most_keys;
   const bool is_scaled = a.cache.type == CacheType::kInt8;
   const bool is_wide = a.cache.type == CacheType::kFloat32;
   Floats sum = zeros();
   for (int64_t key = 0; key < num_keys; key += kLanes) {
-    Floats weights = power_of_two(fma(load(scores + key), splat(kLog2E), splat(-reference)));
-    if (key < first || key + kLanes > last) {
-      weights = select_lanes(weights, 0.0f, first - key, last - key);
-    }
+    // Of a key that is not seen this is exactly 0.
+    Floats weights = exponential_of_two(fma(load(scores + key), splat(kLog2E), splat(-reference)));
     sum = add(sum, weights);
     if (is_scaled) weights = mul(weights, load(block.value_scales + key));
     if (is_wide) {
@@ -75,10 +72,10 @@ PALLASITE_INLINE void weigh(const Attention& a, const Block& block, int64_t row,
     if (before == kNothing) changes[i] = -1000.0f;
   }
   alignas(64) float factors[kLanes];
-  store(factors, power_of_two(load(changes)));
+  store(factors, exponential_of_two(load(changes)));
   for (Floats& sum : each) sum = zeros();
   for (int64_t i = 0; i < count; ++i) {
-    each[i] = make_weights(a, block, row + i, first[i], last[i], references[i]);
+    each[i] = make_weights(a, block, row + i, references[i]);
   }
   float sums[4];
   totals_of_four(each, sums);

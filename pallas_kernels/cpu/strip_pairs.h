@@ -10,8 +10,8 @@ constexpr int kPairRows = kMaxRows / 2;
 constexpr int64_t kFewestRows = 48;
 // Groups that are unpacked before they are multiplied: they stay in the second-level cache.
 constexpr int64_t kUnpackedGroups = 48;
-// Rows whose sums wait for the next groups.
-constexpr int64_t kMostRows = 384;
+// Rows of a run, whose sums wait for the next groups.
+constexpr int64_t kMostRows = 288;
 
 // A strip of a matrix.
 struct Strip {
@@ -153,10 +153,13 @@ void multiply_two(const Product& p, int64_t index, int64_t strip, int64_t row_be
 void multiply(const Product& p, int64_t index, int64_t begin, int64_t end, int64_t row_begin,
               int64_t row_end) {
   if (takes_pairs(p, index, row_end - row_begin)) {
-    const int64_t strips = p.is_gated ? 1 : 2;
+    const int64_t strips = p.is_gated ? 1 : 2, num_rows = row_end - row_begin;
+    const int64_t num_runs = (num_rows + kMostRows - 1) / kMostRows;
+    const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+    const int64_t run = (num_tiles + num_runs - 1) / num_runs * kTileRows;
     for (; begin + strips <= end; begin += strips) {
-      for (int64_t row = row_begin; row < row_end; row += kMostRows) {
-        const int64_t rest = row_end - row, rows = rest < kMostRows ? rest : kMostRows;
+      for (int64_t row = row_begin; row < row_end; row += run) {
+        const int64_t rest = row_end - row, rows = rest < run ? rest : run;
         const int64_t tiles_end = row + rows / kPairRows * kPairRows;
         if (p.matrices[index].has_half_scales) {
           multiply_two<true>(p, index, begin, row, tiles_end);

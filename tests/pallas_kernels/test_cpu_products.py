@@ -170,6 +170,46 @@ def test_many_rows_and_inputs(instructions, kind, rng):
 
 @each_body
 @each_kind
+def test_more_rows_than_wait_for_their_next_inputs(instructions, kind, rng):
+    held, x = Held(rng, kind, 48, 320), make_x(rng, 1300, 320)
+    out = jax.jit(quantized_matmul, static_argnums=2)(
+        x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
+    )
+    check(out, *held.product(x, instructions))
+
+
+@each_body
+@each_kind
+def test_a_gated_row_does_not_depend_on_those_beside_it(instructions, kind, rng):
+    gate, up = Held(rng, kind, 48, 1600), Held(rng, kind, 48, 1600)
+    x = make_x(rng, 130, 1600) * np.float32(0.005)
+    fused = Fused(gate="silu", norm=jnp.ones(1600, jnp.float32), epsilon=1e-5)
+    matrices = [own.matrix(cpu_target(instructions)) for own in (gate, up)]
+    whole = np.asarray(fused_matmul(jnp.asarray(x), matrices, fused))
+    assert np.isfinite(whole).all()
+    assert len(np.unique(whole)) > whole.size / 2
+    for first, last in ((0, 1), (3, 15), (60, 130)):
+        part = fused_matmul(jnp.asarray(x[first:last]), matrices, fused)
+        np.testing.assert_array_equal(part, whole[first:last])
+
+
+@each_body
+@each_kind
+@pytest.mark.parametrize("T", [3, 70])
+def test_what_is_no_number_stays_none(instructions, kind, T, rng):
+    held, x = Held(rng, kind, 32, 96), make_x(rng, T, 96)
+    matrix = held.matrix(cpu_target(instructions))
+    for place in (0, 7, 16, 31, 50, 95):
+        for wrong in (np.nan, np.inf):
+            some = x.copy()
+            some[1, place] = wrong
+            out = np.asarray(fused_matmul(jnp.asarray(some), [matrix], Fused()))
+            assert not np.isfinite(out[1]).any()
+            assert np.isfinite(np.delete(out, 1, axis=0)).all()
+
+
+@each_body
+@each_kind
 def test_a_row_does_not_depend_on_those_beside_it(instructions, kind, rng):
     held, x = Held(rng, kind, 48, 160), make_x(rng, 151, 160)
     matrix = held.matrix(cpu_target(instructions))

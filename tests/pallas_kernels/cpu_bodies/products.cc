@@ -170,6 +170,12 @@ struct Case {
       made.num_rows = random.chance(0.5) ? random.whole(1, 16) : random.any_size(1, 600);
       num_groups = random.any_size(1, 64);
     } while (static_cast<double>(made.num_rows * num_groups) * 512 > most_macs);
+    if (random.chance(0.05)) {
+      // As many rows or groups as bodies cut into runs.
+      const bool has_rows = random.chance(0.5);
+      made.num_rows = has_rows ? random.whole(580, 700) : random.whole(48, 110);
+      num_groups = has_rows ? random.whole(1, 3) : random.whole(49, 60);
+    }
     made.num_inputs = num_groups * kGroup;
     made.num_layers = random.whole(0, 3);
     made.gate = random.one_of({-1, -1, 0, 1});
