@@ -38,6 +38,9 @@ struct Matrix {
 // Rows of x that lie together, group by group, as the widest tile of a product takes them.
 constexpr int64_t kTileRows = 12;
 
+// Rows from which on bodies may take two strips at once.
+constexpr int64_t kFewestPairedRows = 48;
+
 // 32 inputs of a row, which are scale * integer, but for the largest of them: to its integer a float
 // is added. One that stands out would leave the others but a few of 255 integers. The float is all of
 // it and the integer 0, but where bodies take it as bfloat16: then the integer is what that leaves.

@@ -108,8 +108,9 @@ int64_t rows_at_once(const Product& product, int64_t num_rows, int64_t num_threa
 int64_t strips_at_once(const Product& product, int64_t num_rows) {
   constexpr int64_t kMacs = 1 << 18;
   const int64_t strip_macs = product.x.num_inputs * kLanes * std::max<int64_t>(num_rows, 4);
-  // Two, since bodies may take two at once.
-  return std::max<int64_t>(kMacs / strip_macs / 2 * 2, product.is_gated ? 1 : 2);
+  const int64_t strips = std::max<int64_t>(kMacs / strip_macs, 1);
+  const bool has_pairs = num_rows >= kFewestPairedRows && !product.is_gated;
+  return has_pairs ? (strips + 1) / 2 * 2 : strips;
 }
 
 // Rows [begin, end) that are computed; `begin` is a tile's.

@@ -6,8 +6,6 @@
 
 // Rows of a tile: with two strips each, their sums stay in registers.
 constexpr int kPairRows = kMaxRows / 2;
-// Fewer rows do not pay for unpacking.
-constexpr int64_t kFewestRows = 48;
 // Groups that are unpacked before they are multiplied: they stay in the second-level cache.
 constexpr int64_t kUnpackedGroups = 48;
 // Rows of a run, whose sums wait for the next groups.
@@ -122,7 +120,7 @@ PALLASITE_INLINE bool takes_pairs(const Product& p, int64_t index, int64_t num_r
   if constexpr (kMaxRows < 12) return false;
   const Matrix& first = p.matrices[index];
   const Matrix& second = p.is_gated ? p.matrices[1] : first;
-  return num_rows >= kFewestRows && first.kind == Kind::kNibbles && second.kind == first.kind &&
+  return num_rows >= kFewestPairedRows && first.kind == Kind::kNibbles && second.kind == first.kind &&
          second.has_half_scales == first.has_half_scales;
 }
 
