@@ -81,15 +81,24 @@ size_t attend_scratch(const Attention& a, int64_t num_rows, int64_t num_kv_heads
   return static_cast<size_t>(Block::make(a, num_rows, num_kv_heads, kBlockKeys, none).end - none);
 }
 
+// The order in which pairs of a key's dimensions are summed, of each sixteen: that in which
+// `for_columns` has them, so that a query's scores are the same bits whatever it is computed with.
+constexpr int kPairOrder[kLanes] = {0, 8, 4, 12, 1, 9, 5, 13, 2, 10, 6, 14, 3, 11, 7, 15};
+PALLASITE_INLINE int64_t ordered(int64_t pair, int64_t num_pairs) {
+  return pair < num_pairs / kLanes * kLanes ? pair / kLanes * kLanes + kPairOrder[pair % kLanes]
+                                            : pair;
+}
+
 // A tile of kRows rows by kStrips strips: sums[r][s] = rows of x times strips of pairs of bfloat16.
-template <int kRows, int kStrips>
+template <int kRows, int kStrips, bool kIsOrdered>
 PALLASITE_INLINE void multiply_pairs(const uint8_t* weights, int64_t strip_bytes, int64_t num_pairs,
                                      const uint16_t* x, int64_t stride,
                                      Floats (&sums)[kRows][kStrips]) {
   for (int r = 0; r < kRows; ++r) {
     for (int s = 0; s < kStrips; ++s) sums[r][s] = zeros();
   }
-  for (int64_t pair = 0; pair < num_pairs; ++pair) {
+  for (int64_t i = 0; i < num_pairs; ++i) {
+    const int64_t pair = kIsOrdered ? ordered(i, num_pairs) : i;
     Bytes own[kStrips];
 #pragma GCC unroll 8
     for (int s = 0; s < kStrips; ++s) own[s] = load_bytes(weights + s * strip_bytes + pair * 64);
@@ -168,7 +177,7 @@ struct ScoreTile {
     } else {
       const uint8_t* keys = reinterpret_cast<const uint8_t*>(block.keys) + strip * width * 32;
       const uint16_t* queries = reinterpret_cast<const uint16_t*>(block.queries) + row * width;
-      multiply_pairs<kRows, kStrips>(keys, width * 32, width / 2, queries, width, sums);
+      multiply_pairs<kRows, kStrips, true>(keys, width * 32, width / 2, queries, width, sums);
     }
     for (int r = 0; r < kRows; ++r) {
       float* scores = block.scores + (row + r) * block.most_keys + strip * kLanes;
@@ -193,8 +202,8 @@ struct ValueTile {
       const uint8_t* values =
           reinterpret_cast<const uint8_t*>(block.values) + strip * block.most_keys * 32;
       const uint16_t* weights = reinterpret_cast<const uint16_t*>(block.weights) + row * block.most_keys;
-      multiply_pairs<kRows, kStrips>(values, block.most_keys * 32, num_keys / 2, weights, block.most_keys,
-                                     sums);
+      multiply_pairs<kRows, kStrips, false>(values, block.most_keys * 32, num_keys / 2, weights,
+                                            block.most_keys, sums);
     }
     for (int r = 0; r < kRows; ++r) {
       const Floats factor = splat(block.factors[row + r]);

@@ -88,14 +88,13 @@ class Team {
       runs_[run].next.store(num_chunks * run / num_runs_, std::memory_order_relaxed);
       runs_[run].end = num_chunks * (run + 1) / num_runs_;
     }
-    next_run_.store(0, std::memory_order_relaxed);
     const uint64_t generation = (state_.load(std::memory_order_relaxed) & ~kLow) + kGeneration;
     state_.store(generation | kOpen, std::memory_order_release);
     while (present_.load(std::memory_order_relaxed) < wanted) {
       present_.fetch_add(1, std::memory_order_relaxed);
       schedule([this] { help(); });
     }
-    take_chunks();
+    take_chunks(0);
     // Nobody joins any more; those who have are waited for.
     uint64_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel);
     for (int64_t spins = 0; (state & kActive) != 0; ++spins) {
@@ -147,14 +146,17 @@ class Team {
     return count;
   }
 
-  void take_chunks() {
-    const int64_t first = next_run_.fetch_add(1, std::memory_order_relaxed);
-    for (int64_t i = 0; i < num_runs_; ++i) {
-      Run& run = runs_[(first + i) % num_runs_];
+  void take_chunks(int64_t first) {
+    // Read once: others take the line that these are on.
+    const auto call = call_;
+    const void* const work = work_;
+    const int64_t num_runs = num_runs_;
+    for (int64_t i = 0; i < num_runs; ++i) {
+      Run& run = runs_[(first + i) % num_runs];
       for (;;) {
         const int64_t chunk = run.next.fetch_add(1, std::memory_order_relaxed);
         if (chunk >= run.end) break;
-        call_(work_, chunk);
+        call(work, chunk);
       }
     }
   }
@@ -168,7 +170,9 @@ class Team {
       if ((state & kOpen) != 0 && (state & ~kLow) != last) {
         if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
           last = state & ~kLow;
-          take_chunks();
+          // What it needs first comes from another processor's cache: all at once.
+          __builtin_prefetch(work_);
+          take_chunks(1 + static_cast<int64_t>(state & kActive));
           state_.fetch_sub(1, std::memory_order_acq_rel);
           since = std::chrono::steady_clock::now();
           spins = 0;
@@ -185,14 +189,14 @@ class Team {
     present_.fetch_sub(1, std::memory_order_relaxed);
   }
 
+  // On one line: who reads that an operation has begun has with it what the operation is.
   alignas(64) std::atomic<uint64_t> state_{0};
-  alignas(64) std::atomic<int64_t> next_run_{0};
-  alignas(64) std::atomic<int64_t> present_{0};
-  std::atomic<bool> is_taken_{false};
   int64_t num_runs_ = 0;
-  Run runs_[kMostRuns];
   const void* work_ = nullptr;
   void (*call_)(const void*, int64_t) = nullptr;
+  alignas(64) std::atomic<int64_t> present_{0};
+  std::atomic<bool> is_taken_{false};
+  Run runs_[kMostRuns];
 };
 
 }  // namespace pallasite
