@@ -66,7 +66,8 @@ PALLASITE_INLINE Terms load_terms(const Matrix& matrix, int64_t at) {
 }
 
 // Prepares what `add_nibbles` takes of a group: as a pair the sum, and above it the largest, over what
-// its codes are multiples of where all other bits of their words are cleared.
+// its codes are multiples of where all other bits of their words are cleared. A largest below 2^-98
+// may so become zero.
 PALLASITE_INLINE void prepare_pair(Group& group) {
   const Spot& spot = kSpots<true>.of[group.place];
   group.pair = bfloat16_bits(group.sum) | bfloat16_bits(group.largest * spot.unit) << 16;

@@ -331,6 +331,8 @@ struct Case {
           // The codes' middle is exact in f32. The rest of the minimum, by an inverse of 14 bits, has
           // eight; so has the sum that it is multiplied with.
           size += 8 * std::abs(scale) * (std::abs(own * total) + std::abs(kept));
+          // The largest is divided by up to 2^28, and what is below the normal numbers then is zero.
+          slack += 15 * 0x1p-98 * std::abs(scale);
           slack += 1.05 * std::abs(own * total + kept) *
                    (0x1p-7 * std::abs(minimum + 8 * scale) + 0x1p-14 * std::abs(minimum));
         }
