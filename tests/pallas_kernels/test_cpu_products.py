@@ -159,23 +159,14 @@ def test_rows_of_outputs_that_are_far_apart(instructions, kind, rng):
 
 @each_body
 @each_kind
-def test_many_rows_and_inputs(instructions, kind, rng):
-    """More than are rounded, or stay in a cache, at once."""
-    held, x = Held(rng, kind, 80, 1632), make_x(rng, 601, 1632)
-    out = jax.jit(quantized_matmul, static_argnums=2)(
+@pytest.mark.parametrize(("T", "out", "num_inputs"), [(601, 80, 1632), (1300, 48, 320)])
+def test_many_rows_and_inputs(instructions, kind, T, out, num_inputs, rng):
+    """More inputs than are unpacked, and more rows than wait for their next inputs, at once."""
+    held, x = Held(rng, kind, out, num_inputs), make_x(rng, T, num_inputs)
+    result = jax.jit(quantized_matmul, static_argnums=2)(
         x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
     )
-    check(out, *held.product(x, instructions))
-
-
-@each_body
-@each_kind
-def test_more_rows_than_wait_for_their_next_inputs(instructions, kind, rng):
-    held, x = Held(rng, kind, 48, 320), make_x(rng, 1300, 320)
-    out = jax.jit(quantized_matmul, static_argnums=2)(
-        x, held.matrix(cpu_target(instructions)), jnp.dtype(jnp.bfloat16)
-    )
-    check(out, *held.product(x, instructions))
+    check(result, *held.product(x, instructions))
 
 
 @each_body
@@ -296,7 +287,9 @@ def test_gates(instructions, kind, activation, rng):
     # Neither gate is steeper than 1.13.
     slack = 1.13 * g_slack * (np.abs(u) + u_slack) + np.abs(active) * u_slack
     check(out, active * u, slack + 2e-6 * np.abs(active * u) + 1e-6 * np.abs(u))
-    assert (np.abs(active * u) > 30 * slack).mean() > 0.3
+    # Where minimums are rounded to bfloat16 an answer is less sure.
+    is_coarse = instructions == "avx512-vnni" and gate.minimums is not None
+    assert (np.abs(active * u) > (30 if is_coarse else 100) * slack).mean() > 0.3
 
 
 @each_kind
