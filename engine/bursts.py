@@ -14,10 +14,10 @@ from pallasite.engine.layout import Bucket
 from pallasite.engine.plan import Plan, Row
 from pallasite.engine.sequence import Sequence
 
-MAX_STEPS = 8
+MAX_STEPS = 16
 """The most that a program makes in one launch."""
 
-LONGEST_S = 0.06
+LONGEST_S = 0.08
 """Seconds that a launch of more than one step takes at most, as far as the last ones tell."""
 
 

@@ -78,7 +78,8 @@ def forward(
 ) -> tuple[Float[Array, "T D"], PagedCache]:
     """Runs a ragged batch of tokens; returns normed hidden states and the updated cache.
 
-    Hidden states of tokens that are not `wanted` may be any finite ones; None wants all.
+    Hidden states of tokens that are not `wanted`, or no request's, may be anything, NaN too: what
+    follows must take each token by itself. None wants all.
     """
     place = places(model, ragged, adapters, Place)
 

@@ -142,36 +142,28 @@ Plan make_plan(const Attention& a, const Layout& layout, int64_t num_threads) {
   return plan;
 }
 
-void write_new_rows(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout) {
+// Writes the rows of requests with several queries. One query's are its own task's.
+void write_prompts(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout) {
   constexpr int64_t kTokens = 32;
   // A token belongs to a request: pieces of requests are handed out.
   std::vector<std::pair<int64_t, int64_t>> pieces;
   for (int64_t request = 0; request < layout.num_requests; ++request) {
-    for (int64_t token = a.query_starts[request]; token < a.query_starts[request + 1];
-         token += kTokens) {
-      pieces.emplace_back(request, token);
-    }
+    const int64_t begin = a.query_starts[request], end = a.query_starts[request + 1];
+    if (end - begin == 1) continue;
+    for (int64_t token = begin; token < end; token += kTokens) pieces.emplace_back(request, token);
   }
   const auto write = [&](int64_t piece) {
     const auto [request, token] = pieces[static_cast<size_t>(piece)];
     const int64_t end = std::min<int64_t>(token + kTokens, a.query_starts[request + 1]);
     bodies.write_rows(a, request, token, end);
   };
-  const int64_t num_pieces = static_cast<int64_t>(pieces.size());
-  if (a.query_starts[layout.num_requests] <= kTokens) {
-    for (int64_t piece = 0; piece < num_pieces; ++piece) write(piece);
-  } else {
-    call.run(num_pieces, write);
-  }
+  call.run(static_cast<int64_t>(pieces.size()), write);
 }
 
 void run_attention(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout) {
   const int64_t width = a.cache.head_width;
-  const int64_t used = layout.num_requests == 0 ? 0 : a.query_starts[layout.num_requests];
-  std::fill(a.out + used * a.num_heads * width,
-            a.out + layout.num_tokens * a.num_heads * width, 0.0f);
   if (layout.num_requests == 0) return;
-  write_new_rows(call, bodies, a, layout);
+  write_prompts(call, bodies, a, layout);
   Plan plan = make_plan(a, layout, call.num_threads());
   const int64_t part_size = a.num_heads * (2 + width);
   const size_t scratch_size =
@@ -194,6 +186,10 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
     }
     const Task* task = &plan.tasks[static_cast<size_t>(index)];
     const Task* next = task == &plan.tasks.back() ? nullptr : task + 1;
+    // A query sees its own row; of parts of its keys, only the last has it.
+    if (task->num_tokens == 1 && task->key_end == a.positions[task->first_token] + 1) {
+      bodies.write_rows(a, task->request, task->first_token, task->first_token + 1);
+    }
     bodies.attend(a, *task, next, memory + parts_size + own * scratch_size);
     is_taken[own].store(false, std::memory_order_release);
   });

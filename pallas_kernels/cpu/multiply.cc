@@ -104,6 +104,15 @@ int64_t rows_at_once(const Product& product, int64_t num_rows, int64_t num_threa
   return std::min(most, (num_tiles + num_blocks - 1) / num_blocks) * kTileRows;
 }
 
+// Rows of a chunk of those that are rounded. Few values are rounded sooner than handed out, and a
+// line of memory has more than one row's.
+int64_t rows_rounded_at_once(int64_t num_inputs, int64_t num_rows, int64_t num_threads) {
+  constexpr int64_t kMostValues = 32 << 10, kFewestRows = 4;
+  const int64_t share = (num_rows + num_threads - 1) / num_threads;
+  const int64_t rows = std::min(share, kMostValues / num_inputs);
+  return std::max<int64_t>((rows + kFewestRows - 1) / kFewestRows, 1) * kFewestRows;
+}
+
 // Strips of a chunk: enough work, some microseconds, for taking it not to show.
 int64_t strips_at_once(const Product& product, int64_t num_rows) {
   constexpr int64_t kMacs = 1 << 18;
@@ -164,20 +173,6 @@ std::vector<Rows> wanted_runs(const uint8_t* wanted, int64_t num_rows) {
   return runs;
 }
 
-// Makes zeros of the outputs of rows that are in no run.
-void clear_others(const Product& product, const Runs& runs, int64_t num_rows) {
-  const auto clear = [&](int64_t begin, int64_t end) {
-    std::fill(product.out + begin * product.num_outputs, product.out + end * product.num_outputs,
-              0.0f);
-  };
-  int64_t next = 0;
-  for (const Rows* run = runs.first; run != runs.last; ++run) {
-    clear(next, run->begin);
-    next = run->end;
-  }
-  clear(next, num_rows);
-}
-
 // Computes the rows of some runs; `num_rows` is where the last may end.
 void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Product product,
                  const Runs& runs, int64_t num_rows) {
@@ -194,9 +189,7 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
     product.x.values = reinterpret_cast<int8_t*>(at);
     product.x.groups = reinterpret_cast<Group*>(at + size);
   }
-  // Few values are rounded sooner than handed out.
-  const int64_t rows_a_chunk =
-      std::max<int64_t>((16 << 10) / num_inputs / kTileRows, 1) * kTileRows;
+  const int64_t rows_a_chunk = rows_rounded_at_once(num_inputs, runs.num_rows(), call.num_threads());
   call.run(runs.num_parts(rows_a_chunk), [&](int64_t chunk) {
     const Rows rows = runs.part(chunk, rows_a_chunk);
     bodies.round_rows(rounding, product.x, rows.begin, rows.end);
@@ -315,7 +308,6 @@ ffi::Error multiply(ffi::ThreadPool pool, ffi::RemainingArgs remaining,
     some = wanted_runs(wanted, num_used);
     runs = {some.data(), some.data() + some.size()};
   }
-  clear_others(product, runs, num_rows);
   if (runs.num_rows() == 0) return ffi::Error::Success();
   // Rows far apart share few lines of a cache: those of an output head's, stored there, would have
   // each store wait for memory that is overwritten.

@@ -51,8 +51,8 @@ def paged_attention(
     The new rows are rounded to what the cache holds. `sinks` are logits of each head that take
     weight and add no value (Xiao et al. 2023, as learned by gpt-oss): neither scaled nor capped.
     Where T equals B every request has one query and num_decode equals num_requests. Returns f32;
-    tokens beyond the last request's come back finite and meaningless. Scores and sums are f32. The
-    returned cache is the given one where the caller donates it.
+    tokens beyond the last request's may come back as anything, NaN too. Scores and sums are f32.
+    The returned cache is the given one where the caller donates it.
 
     Raises ValueError for shapes and types outside the contract, NotImplementedError for a target
     without a body.

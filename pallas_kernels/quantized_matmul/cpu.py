@@ -30,9 +30,9 @@ class Fused:
     The fields are typed Any since the same tree also holds abstract shapes.
 
     Attributes:
-        count: how many rows of x are in use, the first ones; the results of others are zeros. None
-            for all.
-        wanted: which rows of x are, bool `[T]`; those of others may be zeros. None for all.
+        count: how many rows of x are in use, the first ones; the results of others may be anything,
+            NaN too. None for all.
+        wanted: which rows of x are, bool `[T]`, as `count` says. None for all.
         norm: the scale of a root-mean-square norm that x goes through first, `[in]`, or `[L, in]`
             beside stacked matrices.
         epsilon: that norm's.

@@ -27,20 +27,27 @@ def test_answers_are_those_of_a_prompt_that_is_scored(engines, rng, max_batch_to
         scored = [replace(one, params=replace(one.params, prompt_logprobs=0)) for one in plain]
         for ours, theirs in zip(engine.generate(plain), engine.generate(scored), strict=True):
             assert ours.token_ids == theirs.token_ids
-            assert ours.logprobs == theirs.logprobs
+            # Which requests a step has together is a matter of time, and XLA sums a norm's squares
+            # in another order in the program of another size.
+            np.testing.assert_allclose(values(ours), values(theirs), rtol=0, atol=1e-5)
 
 
-def test_rows_of_a_tile_without_a_wanted_one_are_zeros(engines, rng):
+def values(completion):
+    """Returns the log-probabilities of each place's token and of its likeliest ones."""
+    return [(own.logprob, *(logprob for _, logprob in own.top)) for own in completion.logprobs]
+
+
+def test_rows_of_a_tile_with_a_wanted_one_are_those_of_all(engines, rng):
     with engines.fresh(CONFIG) as engine:
         matrix = engine._runtime._spec.model.layers.ffn.down.product()
     layer = jnp.int32(1)
     matrix = replace(matrix, layer=layer)
     x = jnp.asarray(rng.standard_normal((50, matrix.num_inputs), np.float32))
     wanted = jnp.zeros(50, jnp.bool_).at[jnp.array([13, 49])].set(True)
-    every = jax.jit(lambda x: fused_matmul(x, [matrix], Fused()))(x)
-    some = jax.jit(lambda x: fused_matmul(x, [matrix], Fused(wanted=wanted)))(x)
     is_computed = np.zeros(50, np.bool_)
     is_computed[12:24] = is_computed[48:] = True
+    every = jax.jit(lambda x: fused_matmul(x, [matrix], Fused()))(x)
+    x = x.at[~is_computed].set(jnp.nan)
+    some = jax.jit(lambda x: fused_matmul(x, [matrix], Fused(wanted=wanted)))(x)
     np.testing.assert_array_equal(some[is_computed], every[is_computed])
-    assert not np.asarray(some)[~is_computed].any()
-    assert np.asarray(every)[~is_computed].any(axis=1).all()
+    assert np.asarray(every)[is_computed].any(axis=1).all()

@@ -223,7 +223,7 @@ def test_groups_that_are_their_minimum(instructions, T, rng):
 
 @each_body
 @each_kind
-def test_rows_that_are_not_in_use_are_zeros(instructions, kind, rng):
+def test_rows_that_are_not_in_use_may_hold_anything(instructions, kind, rng):
     held, x = Held(rng, kind, 32, 64), make_x(rng, 20, 64)
     matrix = held.matrix(cpu_target(instructions))
     expected, tolerance = held.product(x, instructions)
@@ -232,7 +232,6 @@ def test_rows_that_are_not_in_use_are_zeros(instructions, kind, rng):
         fused = Fused(count=jnp.int32(count))
         out = jax.jit(lambda x, m, f: fused_matmul(x, [m], f))(x, matrix, fused)
         check(out[:count], expected[:count], tolerance[:count])
-        np.testing.assert_array_equal(out[count:], 0)
 
 
 @each_body
