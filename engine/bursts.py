@@ -17,7 +17,7 @@ from pallasite.engine.sequence import Sequence
 MAX_STEPS = 16
 """The most that a program makes in one launch."""
 
-LONGEST_S = 0.08
+LONGEST_S = 0.1
 """Seconds that a launch of more than one step takes at most, as far as the last ones tell."""
 
 

@@ -72,7 +72,7 @@ def unembed(
 ) -> Float[Array, "T V"]:
     """Returns the logits of all tokens, on every device, from an output head `[V, D]`.
 
-    Of `count` tokens where only the first ones are in use; the others' may then be anything finite.
+    Of `count` tokens where only the first ones are in use; the others' may then be anything.
     """
     product = head.product()
     if head.form.quantizes_inputs and fuses(product):

@@ -104,8 +104,8 @@ int64_t rows_at_once(const Product& product, int64_t num_rows, int64_t num_threa
   return std::min(most, (num_tiles + num_blocks - 1) / num_blocks) * kTileRows;
 }
 
-// Rows of a chunk of those that are rounded. Few values are rounded sooner than handed out, and a
-// line of memory has more than one row's.
+// Rows of a chunk of those that are rounded: a few are rounded sooner than handed out, and a line of
+// memory has more than one row's.
 int64_t rows_rounded_at_once(int64_t num_inputs, int64_t num_rows, int64_t num_threads) {
   constexpr int64_t kMostValues = 32 << 10, kFewestRows = 4;
   const int64_t share = (num_rows + num_threads - 1) / num_threads;

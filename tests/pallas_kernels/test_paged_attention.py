@@ -150,7 +150,6 @@ def test_what_nobody_wrote_may_be_infinite(body, setting):
         out, _, _ = case.call(fill)
         expected = case.expected()
         body.assert_close(setting, out[: len(expected)], expected)
-        assert np.isfinite(out).all()
 
 
 @each([case for case in RAGGED if case[0] is REFERENCE and case[1].T > 100])
