@@ -94,15 +94,14 @@ def test_what_repeats_comes_in_fewer_steps_and_is_the_same(engines, rng):
 @pytest.mark.parametrize("config", [DRAFTING, TIGHT_DRAFTING], ids=["roomy", "tight"])
 def test_any_parameters_give_the_tokens_of_the_engine_without(engines, rng, monkeypatch, config):
     """Penalties, bans, logprobs, stops, several completions; chunks and preemption in TIGHT."""
-    requests = sampled(rng, 60)
+    requests = sampled(rng, 100)
     answers = engines.get(MAIN).generate(requests)
     with eager_engine(engines, config) as engine:
         with foreseen(engine, requests, answers, monkeypatch):
             got = engine.generate(requests)
         assert engine.metrics.accepted_tokens > 150
         assert engine.metrics.draft_tokens > engine.metrics.accepted_tokens + 30
-        # How many there are is the draws' and the schedule's; that there are any is what counts.
-        assert config is DRAFTING or engine.metrics.num_preemptions > 0
+        assert config is DRAFTING or engine.metrics.num_preemptions > 3
         assert engine.metrics.compilations == engine.metrics.misses == 0
     assert_same_answers(requests, tokens(got), tokens(answers))
     num_logprobs = 0

@@ -25,6 +25,10 @@ def test_answers_are_those_of_a_prompt_that_is_scored(engines, rng, max_batch_to
     with engines.fresh(config) as engine:
         plain = [greedy(prompt, max_tokens=5, logprobs=5) for prompt in prompts]
         scored = [replace(one, params=replace(one.params, prompt_logprobs=0)) for one in plain]
+        for one, other in zip(plain, scored, strict=True):
+            (ours,), (theirs,) = engine.generate([one]), engine.generate([other])
+            assert ours.token_ids == theirs.token_ids
+            assert ours.logprobs == theirs.logprobs
         for ours, theirs in zip(engine.generate(plain), engine.generate(scored), strict=True):
             assert ours.token_ids == theirs.token_ids
             # Which requests a step has together is a matter of time, and XLA sums a norm's squares
