@@ -22,6 +22,8 @@ struct Layout {
   int64_t num_rows;  // B
   int64_t num_tokens;
   int64_t num_requests;
+  int64_t page_bytes;
+  bool has_next_layer;
 };
 
 // Raises by its result where the batch contradicts itself or leaves the cache.
@@ -160,6 +162,24 @@ void write_prompts(Call& call, const Bodies& bodies, const Attention& a, const L
   call.run(static_cast<int64_t>(pieces.size()), write);
 }
 
+// Says which pages these queries will read in the next layer, which products until then may fetch:
+// those of many rows wait for dots and not for memory.
+void expect_next_layer(Call& call, const Attention& a, const Layout& layout, const Plan& plan) {
+  const Cache& cache = a.cache;
+  const bool is_worth_it = layout.has_next_layer && layout.num_requests >= kFewestFetchingRows;
+  const int64_t num_tasks = is_worth_it ? static_cast<int64_t>(plan.tasks.size()) : 0;
+  const std::byte* const next_layer = cache.values + cache.num_pages * layout.page_bytes;
+  call.expect(num_tasks, layout.page_bytes, [&](int64_t index, const auto& add) {
+    const Task& task = plan.tasks[static_cast<size_t>(index)];
+    const int32_t* pages = a.page_table + task.request * a.pages_per_request;
+    const int64_t begin = task.key_begin / cache.page_size;
+    const int64_t end = task.num_tokens > 1 ? begin : (task.key_end - 1) / cache.page_size + 1;
+    for (int64_t page = begin; page < end; ++page) {
+      add(next_layer + pages[page] * layout.page_bytes);
+    }
+  });
+}
+
 void run_attention(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout) {
   const int64_t width = a.cache.head_width;
   if (layout.num_requests == 0) return;
@@ -193,6 +213,7 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
     bodies.attend(a, *task, next, memory + parts_size + own * scratch_size);
     is_taken[own].store(false, std::memory_order_release);
   });
+  expect_next_layer(call, a, layout, plan);
   for (const Split& split : plan.splits) {
     bodies.merge(a, split.token, parts + split.first_part * part_size, split.num_parts);
   }
@@ -305,8 +326,10 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
     return invalid("got a cache to be read that is not the one to be written; they must be one");
   }
   const int64_t item = static_cast<int64_t>(ffi::ByteWidth(type));
+  layout.page_bytes = cache.num_kv_heads * 2 * cache.page_size * cache.head_width * item;
+  layout.has_next_layer = layer + 1 < num_layers;
   cache.values = static_cast<std::byte*>((*written)->untyped_data()) +
-                 layer * rows * cache.head_width * item;
+                 layer * cache.num_pages * layout.page_bytes;
   if (scales != nullptr) {
     auto written_scales = results.get<ffi::AnyBuffer>(2);
     if (written_scales.has_error() || (*written_scales)->untyped_data() != scales) {

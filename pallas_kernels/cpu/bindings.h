@@ -77,6 +77,16 @@ class Call {
     return team_ != nullptr ? team_->scratch.reserve(size) : own_.reserve(size);
   }
 
+  // See `Team`.
+  template <typename Each>
+  void expect(int64_t num_chunks, int64_t page_size, const Each& each) {
+    if (team_ != nullptr) team_->expect(num_chunks, num_threads_, page_size, each);
+  }
+
+  Upcoming take_expected(int64_t chunk, int64_t num_chunks, int64_t count) {
+    return team_ != nullptr ? team_->take_expected(chunk, num_chunks, count) : Upcoming{};
+  }
+
   template <typename Work>
   void run(int64_t num_chunks, const Work& work) {
     if (team_ == nullptr) {

@@ -41,6 +41,10 @@ constexpr int64_t kTileRows = 12;
 // Rows from which on bodies may take two strips at once.
 constexpr int64_t kFewestPairedRows = 48;
 
+// Rows of a tile from which on bodies wait for dots and leave memory idle, so that they fetch what a
+// later operation reads.
+constexpr int64_t kFewestFetchingRows = 8;
+
 // 32 inputs of a row, which are scale * integer, but for the largest of them: to its integer a float
 // is added. One that stands out would leave the others but a few of 255 integers. The float is all of
 // it and the integer 0, but where bodies take it as bfloat16: then the integer is what that leaves.
@@ -79,6 +83,31 @@ struct Rounding {
   bool to_bfloat16;
 };
 
+// Bytes that are fetched at once; they divide what pages have.
+constexpr int64_t kFetched = 256;
+// Bytes of a page that follow one another in `Upcoming`, or the rest of it.
+constexpr int64_t kPiece = 16 * kFetched;
+
+// Memory that a later operation reads: pieces [next, last) of pages.
+struct Upcoming {
+  const std::byte* const* pages;
+  int64_t page_size;
+  int64_t next;
+  int64_t last;
+
+  static int64_t pieces_of(int64_t page_size) { return (page_size + kPiece - 1) / kPiece; }
+
+  // Moves `begin` and `end` to what the next piece has, and to nothing after the last.
+  void take(const std::byte*& begin, const std::byte*& end) {
+    begin = end = nullptr;
+    if (next >= last) return;
+    const int64_t pieces = pieces_of(page_size), offset = next % pieces * kPiece;
+    begin = pages[next / pieces] + offset;
+    end = begin + (page_size - offset < kPiece ? page_size - offset : kPiece);
+    ++next;
+  }
+};
+
 // Products of rounded rows with matrices that lie one after another in the outputs.
 struct Product {
   Rounded x;
@@ -88,6 +117,7 @@ struct Product {
   int64_t num_outputs;
   bool stores_away;        // `out` lies on lines of memory, and is larger than caches should hold
   const float* residual;   // [T, outputs], added; null for none
+  Upcoming* upcoming;      // what may be fetched meanwhile
   bool is_gated;           // activation(gate) * up
   Activation activation;
 };

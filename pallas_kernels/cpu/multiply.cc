@@ -122,6 +122,13 @@ int64_t strips_at_once(const Product& product, int64_t num_rows) {
   return has_pairs ? (strips + 1) / 2 * 2 : strips;
 }
 
+// Pieces of memory that are fetched beside a chunk, as bodies do: kFetched bytes a group of a tile.
+int64_t pieces_at_once(const Product& product, int64_t num_strips, int64_t num_rows) {
+  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+  const int64_t num_groups = product.x.num_inputs / kGroup * (product.is_gated ? 2 : 1);
+  return num_tiles * num_groups * num_strips * kFetched / kPiece + 1;
+}
+
 // Rows [begin, end) that are computed; `begin` is a tile's.
 struct Rows {
   int64_t begin, end;
@@ -202,7 +209,12 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
   const int64_t rows = rows_at_once(product, num_wanted, call.num_threads());
   const int64_t strips = strips_at_once(product, std::min(rows, num_wanted));
   const int64_t num_chunks = (num_strips + strips - 1) / strips;
-  call.run(runs.num_parts(rows) * num_chunks, [&](int64_t chunk) {
+  const int64_t pieces = pieces_at_once(product, strips, std::min(rows, num_wanted));
+  const int64_t num_all = runs.num_parts(rows) * num_chunks;
+  call.run(num_all, [&](int64_t chunk) {
+    Upcoming upcoming = call.take_expected(chunk, num_all, pieces);
+    Product own_product = product;
+    own_product.upcoming = &upcoming;
     const Rows block = runs.part(chunk / num_chunks, rows);
     int64_t begin = chunk % num_chunks * strips;
     int64_t end = std::min(begin + strips, num_strips);
@@ -210,7 +222,7 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
     for (int64_t i = 0; i < num_parts && begin < end; ++i) {
       const int64_t own = product.matrices[i].num_strips;
       if (begin < own) {
-        bodies.multiply(product, i, begin, std::min(end, own), block.begin, block.end);
+        bodies.multiply(own_product, i, begin, std::min(end, own), block.begin, block.end);
       }
       begin = std::max<int64_t>(begin - own, 0);
       end -= own;

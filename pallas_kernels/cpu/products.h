@@ -9,14 +9,23 @@
 // The products of `kRows` rows of x, of one tile, with one strip of integers.
 template <int kRows, bool kIsNibbles, bool kHalfScales>
 PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, const Rounded& x,
-                                        int64_t row, Floats (&sums)[kRows]) {
+                                        int64_t row, Floats (&sums)[kRows], Upcoming& upcoming) {
   constexpr int64_t kVectors = kIsNibbles ? 4 : 8;
   const int64_t num_groups = matrix.num_inputs / kGroup;
   const uint8_t* codes = matrix.values + strip * num_groups * kVectors * 64;
   const Group* groups = x.groups + x.first_group(row);
   const int8_t* values = x.values + x.first_group(row) * kGroup;
   for (int r = 0; r < kRows; ++r) sums[r] = zeros();
+  const std::byte *fetched = nullptr, *fetched_end = nullptr;
   for (int64_t group = 0; group < num_groups; ++group) {
+    if constexpr (kRows >= kFewestFetchingRows) {
+      if (fetched == fetched_end) upcoming.take(fetched, fetched_end);
+      if (fetched != fetched_end) {
+#pragma GCC unroll 4
+        for (int64_t i = 0; i < kFetched; i += 64) __builtin_prefetch(fetched + i, 0, 2);
+        fetched += kFetched;
+      }
+    }
     const uint8_t* words = codes;
     // Before the dots: they are ready then, whenever the first of these is.
     const Terms terms = load_terms<kIsNibbles, kHalfScales>(matrix, strip * num_groups + group);
@@ -87,7 +96,7 @@ PALLASITE_INLINE void multiply_pairs(const uint8_t* weights, int64_t num_pairs, 
 
 template <int kRows>
 PALLASITE_INLINE void multiply_strip(const Matrix& matrix, int64_t strip, const Rounded& x,
-                                     int64_t row, Floats (&sums)[kRows]) {
+                                     int64_t row, Floats (&sums)[kRows], Upcoming& upcoming) {
   if (matrix.kind == Kind::kBfloat16) {
     const int64_t num_pairs = matrix.num_inputs / 2;
     multiply_pairs<kRows>(matrix.values + strip * num_pairs * 64, num_pairs,
@@ -96,11 +105,11 @@ PALLASITE_INLINE void multiply_strip(const Matrix& matrix, int64_t strip, const 
   }
   const bool is_nibbles = matrix.kind == Kind::kNibbles;
   if (matrix.has_half_scales) {
-    if (is_nibbles) return multiply_integers<kRows, true, true>(matrix, strip, x, row, sums);
-    return multiply_integers<kRows, false, true>(matrix, strip, x, row, sums);
+    if (is_nibbles) return multiply_integers<kRows, true, true>(matrix, strip, x, row, sums, upcoming);
+    return multiply_integers<kRows, false, true>(matrix, strip, x, row, sums, upcoming);
   }
-  if (is_nibbles) return multiply_integers<kRows, true, false>(matrix, strip, x, row, sums);
-  multiply_integers<kRows, false, false>(matrix, strip, x, row, sums);
+  if (is_nibbles) return multiply_integers<kRows, true, false>(matrix, strip, x, row, sums, upcoming);
+  multiply_integers<kRows, false, false>(matrix, strip, x, row, sums, upcoming);
 }
 
 PALLASITE_INLINE Floats activate(Floats x, Activation activation) {
@@ -140,14 +149,14 @@ void fill_tile(const Product& p, int64_t index, int64_t strip, int64_t row) {
   if (p.is_gated) {
     // Kept in memory: the registers are the next strip's.
     alignas(64) float gates[kRows][kLanes];
-    multiply_strip<kRows>(p.matrices[0], strip, p.x, row, sums);
+    multiply_strip<kRows>(p.matrices[0], strip, p.x, row, sums, *p.upcoming);
     for (int r = 0; r < kRows; ++r) store(gates[r], sums[r]);
-    multiply_strip<kRows>(p.matrices[1], strip, p.x, row, sums);
+    multiply_strip<kRows>(p.matrices[1], strip, p.x, row, sums, *p.upcoming);
     for (int r = 0; r < kRows; ++r) {
       sums[r] = mul(activate(load(gates[r]), p.activation), sums[r]);
     }
   } else {
-    multiply_strip<kRows>(p.matrices[index], strip, p.x, row, sums);
+    multiply_strip<kRows>(p.matrices[index], strip, p.x, row, sums, *p.upcoming);
   }
   store_tile(p, index, strip, row, sums);
 }

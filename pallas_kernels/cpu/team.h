@@ -17,6 +17,9 @@
 #include <cstdlib>
 #include <new>
 #include <thread>
+#include <vector>
+
+#include "bodies.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -107,6 +110,42 @@ class Team {
     }
   }
 
+  // Says what chunks of a later operation will read, of `num_chunks` that as many threads will work on:
+  // pages of `page_size` bytes, a multiple of kFetched. each(chunk, add) calls add(page) for those of a
+  // chunk, in order. What was said before is forgotten. Not while an operation runs.
+  template <typename Each>
+  void expect(int64_t num_chunks, int64_t num_threads, int64_t page_size, const Each& each) {
+    page_size_ = page_size;
+    pages_.clear();
+    const int64_t num_runs = std::min({num_threads, num_chunks, kMostRuns});
+    for (int64_t run = 0; run < num_runs; ++run) {
+      const auto first = static_cast<int64_t>(pages_.size());
+      const auto most = static_cast<size_t>(first + kMostExpected / page_size);
+      for (int64_t chunk = num_chunks * run / num_runs; chunk < num_chunks * (run + 1) / num_runs;
+           ++chunk) {
+        each(chunk, [&](const std::byte* page) {
+          if (pages_.size() < most) pages_.push_back(page);
+        });
+      }
+      const int64_t pieces = Upcoming::pieces_of(page_size);
+      runs_[run].next_piece.store(first * pieces, std::memory_order_relaxed);
+      runs_[run].end_piece = static_cast<int64_t>(pages_.size()) * pieces;
+    }
+    num_expecting_ = num_runs;
+  }
+
+  // Takes some of what the thread that works on this chunk is expected to read: of pieces that nobody
+  // has taken `count` at most.
+  Upcoming take_expected(int64_t chunk, int64_t num_chunks, int64_t count) {
+    Upcoming upcoming{pages_.data(), page_size_, 0, 0};
+    if (num_expecting_ == 0) return upcoming;
+    Run& run = runs_[chunk * num_expecting_ / num_chunks];
+    if (run.next_piece.load(std::memory_order_relaxed) >= run.end_piece) return upcoming;
+    upcoming.next = run.next_piece.fetch_add(count, std::memory_order_relaxed);
+    upcoming.last = std::min(upcoming.next + count, run.end_piece);
+    return upcoming;
+  }
+
   // Takes a team that nobody uses, or null where all are taken.
   static Team* take() {
     // Never destroyed: a helper may still linger when the process ends.
@@ -136,9 +175,14 @@ class Team {
   static constexpr int kNumTeams = 64;
   static constexpr int64_t kMostRuns = 256;
 
+  // Bytes that a thread is expected to read, as far as its caches may hold them.
+  static constexpr int64_t kMostExpected = 4 << 20;
+
   struct alignas(64) Run {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
+    std::atomic<int64_t> next_piece{0};
+    int64_t end_piece = 0;
   };
 
   static std::atomic<int>& num_taken() {
@@ -197,6 +241,9 @@ class Team {
   alignas(64) std::atomic<int64_t> present_{0};
   std::atomic<bool> is_taken_{false};
   Run runs_[kMostRuns];
+  std::vector<const std::byte*> pages_;
+  int64_t page_size_ = 0;
+  int64_t num_expecting_ = 0;
 };
 
 }  // namespace pallasite

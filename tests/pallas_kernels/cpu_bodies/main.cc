@@ -19,6 +19,7 @@
 #include "numbers.h"
 #include "peaks.h"
 #include "products.h"
+#include "upcoming.h"
 
 namespace {
 
@@ -35,6 +36,7 @@ void run(const std::string& instructions, int64_t num_cases, uint64_t seed) {
       last = check::check_attention(instructions, random, pool);
       last = check::check_peaks(instructions, random, pool);
       last = check::check_clear(random, pool);
+      last = check::check_upcoming(random);
       if (index % 10 == 0) {
         last = "products with something wrong";
         num_refused += check::refuse_products(instructions, random, pool);
