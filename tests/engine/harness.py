@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from pallasite.engine import Completion, Engine, EngineConfig, Request, SamplingParams
+from pallasite.engine.offline import collect
 from pallasite.engine.plan import Plan
 from tests.engine.llama_oracle import LlamaOracle
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
@@ -247,3 +248,13 @@ def stepped(engine: Engine, monkeypatch) -> Iterator[LoopGate]:
             yield gate
         finally:
             gate.open()
+
+
+def taken_in_together(engine: Engine, requests: list[Request], monkeypatch) -> list[Completion]:
+    """What `generate` returns, where the engine learns of all requests at one turn of its loop."""
+    with stepped(engine, monkeypatch):
+        streams = [engine.submit(request) for request in requests]
+        for stream in streams:
+            stream.is_bounded = False
+    taken = iter(streams)
+    return collect(lambda request: next(taken), requests)
