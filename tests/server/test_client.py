@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from pathlib import Path
@@ -153,23 +154,32 @@ async def test_a_stream_that_has_begun_is_not_begun_again(tmp_path):
 
 
 async def test_a_client_waits_for_a_server_that_comes_later(tmp_path):
-    async with serving(tmp_path / "first") as s:
-        address = s.server.address
     policy = RetryPolicy(max_attempts=1000, max_backoff_s=0.1)
-    async with AsyncClient(address, policy=policy) as client:
-        assert await client.wait_until_ready(0.2) is False
-        once = AsyncClient(address, policy=RetryPolicy(max_attempts=1))
-        with pytest.raises(grpc.RpcError) as caught:
-            await once.tokenize("ab")
-        assert caught.value.code() is AWAY
-        await once.close()
-        call = asyncio.create_task(client.tokenize("ab"))
-        await asyncio.sleep(0.2)
-        assert not call.done()
-        port = int(address.rpartition(":")[2])
-        async with serving_at(tmp_path / "second", port):
-            assert await call == list(b"ab")
-            assert await client.wait_until_ready(10.0)
+    with reserved_port() as port:
+        address = f"127.0.0.1:{port}"
+        async with AsyncClient(address, policy=policy) as client:
+            assert await client.wait_until_ready(0.2) is False
+            once = AsyncClient(address, policy=RetryPolicy(max_attempts=1))
+            with pytest.raises(grpc.RpcError) as caught:
+                await once.tokenize("ab")
+            assert caught.value.code() is AWAY
+            await once.close()
+            call = asyncio.create_task(client.tokenize("ab"))
+            await asyncio.sleep(0.2)
+            assert not call.done()
+            async with serving_at(tmp_path, port):
+                assert await call == list(b"ab")
+                assert await client.wait_until_ready(10.0)
+
+
+@contextlib.contextmanager
+def reserved_port():
+    """A port that nobody listens on, and that no other process is given."""
+    with socket.socket() as holder:
+        # Beside a socket that does not listen, one that asks for this port by its number may.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield holder.getsockname()[1]
 
 
 @contextlib.asynccontextmanager
