@@ -17,6 +17,7 @@ import pytest
 from pallasite.engine import Completion, Engine, EngineConfig, Request, SamplingParams
 from pallasite.engine.offline import collect
 from pallasite.engine.plan import Plan
+from pallasite.engine.sequence import State
 from tests.engine.llama_oracle import LlamaOracle
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
@@ -192,17 +193,40 @@ def recorded_plans(engine: Engine, monkeypatch) -> Iterator[list[Plan]]:
 
 
 @contextmanager
-def slowed(engine: Engine, monkeypatch, turn_s: float = 0.005) -> Iterator[None]:
-    """Within the block each step waits a little, so that what the test does comes in time."""
-    schedule = engine._scheduler.schedule
+def held_open(engine: Engine, monkeypatch, max_tokens: int) -> Iterator[None]:
+    """Within the block, requests of so many tokens do not end before the test has done its part.
 
-    def wait_and_schedule(now):
-        time.sleep(turn_s)
+    Past their first tokens they take the steps that others need, and two for each thing that the
+    engine is asked. So there is one on the device when the next thing is done.
+    """
+    schedule, intake = engine._scheduler.schedule, engine._intake
+    is_over = threading.Event()
+    num_at_rest = 0
+
+    def is_begun(sequence):
+        return sequence.num_completed > 0 and sequence.request.params.max_tokens == max_tokens
+
+    def is_at_rest():
+        running = [s for s in engine._scheduler.sequences() if s.state is State.RUNNING]
+        may_start = engine._scheduler.num_waiting and len(running) < engine.config.max_requests
+        is_asked = intake._commands or intake._queued or intake.is_closed or is_over.is_set()
+        return running and all(map(is_begun, running)) and not may_start and not is_asked
+
+    def schedule_for_others(now):
+        nonlocal num_at_rest
+        num_at_rest = num_at_rest + 1 if is_at_rest() else 0
+        if num_at_rest > 1:  # what the last step brought is delivered after one more is planned
+            while is_at_rest():
+                intake.wait(0.05)
+            num_at_rest = 0
         return schedule(now)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._scheduler, "schedule", wait_and_schedule)
-        yield
+        patch.setattr(engine._scheduler, "schedule", schedule_for_others)
+        try:
+            yield
+        finally:
+            is_over.set()
 
 
 class LoopGate:

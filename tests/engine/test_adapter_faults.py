@@ -10,7 +10,7 @@ import pytest
 from pallasite.engine import ErrorCode, RequestError
 from pallasite.engine import programs as programs_module
 from pallasite.engine import runtime as runtime_module
-from tests.engine.harness import lively_tensors, random_prompt, slowed, tokens
+from tests.engine.harness import held_open, lively_tensors, random_prompt, tokens
 from tests.engine.test_adapters import ROOMY, ask, long
 from tests.peft_adapters import Peft
 
@@ -88,7 +88,7 @@ def test_a_load_that_fails_on_the_device_ends_what_runs_and_the_engine_goes_on(
 
         held = engine.prefill(ask(prompts[0], "all"), 60.0)
         list(held)
-        with slowed(engine, monkeypatch), monkeypatch.context() as patch:
+        with held_open(engine, monkeypatch, 200), monkeypatch.context() as patch:
             running = [iter(engine.submit(long(prompts[0], name))) for name in ("", "all") * 4]
             waiting = [engine.submit(request) for request in requests]
             for stream in running:
@@ -97,7 +97,7 @@ def test_a_load_that_fails_on_the_device_ends_what_runs_and_the_engine_goes_on(
             with pytest.raises(RequestError, match="all loaded adapters were lost") as caught:
                 engine.load_adapter("other", folder)
         assert caught.value.code is ErrorCode.UNAVAILABLE
-        assert num_open == [(8, 4)], "it came too late"
+        assert num_open == [(8, 4)]
         for stream in running:
             assert list(stream)[-1].finish.error.code is ErrorCode.UNAVAILABLE
         for stream, request, answer in zip(waiting, requests, whole, strict=True):
