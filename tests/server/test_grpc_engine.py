@@ -13,6 +13,7 @@ from pallasite.engine.request import Request
 from pallasite.engine.request import SamplingParams as EngineParams
 from pallasite.server.client import SamplingParams
 from pallasite.server.tokenizer import load_tokenizer
+from tests.engine.harness import stepped
 from tests.server.serving import eventually, ids_of, serving_engine
 from tests.tiny_checkpoints import TINY, random_tensors, write_hf
 
@@ -126,14 +127,19 @@ async def test_prefills_that_nobody_decodes_give_their_pages_back(engine, folder
         assert caught.value.code() is grpc.StatusCode.FAILED_PRECONDITION
 
 
-async def test_requests_whose_deadline_passed_in_the_queue_compute_nothing(engine, folder):
+async def test_requests_whose_deadline_passed_in_the_queue_compute_nothing(
+    engine, folder, monkeypatch
+):
     long = SamplingParams(max_tokens=400, temperature=0.0, ignore_eos=True)
     before = engine.metrics.generation_tokens
     async with client_of(engine, folder) as client:
-        busy = [asyncio.create_task(ids_of(client.generate([i], long))) for i in range(1, 9)]
-        await eventually(lambda: engine.current_load().num_waiting >= 4)
-        late = [ids_of(client.generate([9] * 50, long, timeout_s=0.05)) for _ in range(20)]
-        ends = await asyncio.gather(*late, return_exceptions=True)
+        with stepped(engine, monkeypatch) as loop:
+            busy = [asyncio.create_task(ids_of(client.generate([i], long))) for i in range(1, 9)]
+            await eventually(lambda: engine.current_load().num_waiting == 8)
+            loop.step(3)
+            assert engine.current_load().num_running == 4
+            late = [ids_of(client.generate([9] * 50, long, timeout_s=0.05)) for _ in range(20)]
+            ends = await asyncio.gather(*late, return_exceptions=True)
         codes = {end.code() for end in ends if isinstance(end, grpc.RpcError)}
         assert len(ends) == 20
         assert codes == {grpc.StatusCode.DEADLINE_EXCEEDED}
