@@ -115,6 +115,7 @@ def test_who_arrives_during_a_burst_is_in_the_next_launch(rng, monkeypatch):
 
 def test_tokens_that_come_together_do_not_end_a_reader_who_takes_them_at_once(rng, monkeypatch):
     request = greedy(random_prompt(rng, 10), max_tokens=20, ignore_eos=True)
+    monkeypatch.setattr(bursts, "LONGEST_S", 1e9)
     with toy_engine(1, replace(CONFIG, max_unread_tokens=4)) as engine:
         with stepped(engine, monkeypatch) as gate:
             stream = engine.submit(request)
