@@ -58,7 +58,7 @@ def test_sampled_answers_do_not_depend_on_their_shard(engines, rng):
         by_request.setdefault(id(request), []).append(completion.token_ids)
     for request in requests:
         own = [c for c, r in zip(first, _each(requests), strict=True) if r is request]
-        assert tokens(own) == by_request[id(request)]
+        assert_same_answers([request], tokens(own), by_request[id(request)])
 
 
 def _each(requests):
@@ -88,10 +88,11 @@ def test_a_lease_is_decoded_where_its_pages_are(engines, rng):
     with engines.fresh(replace(CROWDED, mesh=MeshShape(data=2))) as engine:
         streams = [engine.prefill(request, 60.0) for request in requests]
         firsts = [sum((event.token_ids for event in stream), ()) for stream in streams]
-        for stream, first, whole in zip(streams, firsts, expected, strict=True):
+        for request, stream, first, whole in zip(requests, streams, firsts, expected, strict=True):
             handle = stream.handle
             rest = engine.decode(handle.handle_id, handle.epoch, "", None)
-            assert first + sum((event.token_ids for event in rest), ()) == whole
+            ids = first + sum((event.token_ids for event in rest), ())
+            assert_same_answers([request], [ids], [whole])
 
 
 @pytest.mark.parametrize(
