@@ -82,11 +82,12 @@ class GrpcServer:
         )
 
     async def drain(self, timeout_s: float) -> bool:
-        """Tells health NOT_SERVING, refuses new requests, and waits for those in flight.
+        """Refuses new requests, then tells health NOT_SERVING, and waits for those in flight.
 
         Returns whether all had ended within timeout_s seconds, their last messages sent.
         """
         deadline = time.monotonic() + timeout_s
+        await asyncio.to_thread(self._engine.drain, 0.0)
         await self._health.enter_graceful_shutdown()
         is_drained = await asyncio.to_thread(self._engine.drain, timeout_s)
         while self._door.num_calls and time.monotonic() < deadline:
