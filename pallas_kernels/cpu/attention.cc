@@ -23,7 +23,7 @@ struct Layout {
   int64_t num_tokens;
   int64_t num_requests;
   int64_t page_bytes;
-  bool has_next_layer;
+  bool has_like_next;  // whether there is a next layer, of the same window
 };
 
 // Raises by its result where the batch contradicts itself or leaves the cache.
@@ -162,11 +162,14 @@ void write_prompts(Call& call, const Bodies& bodies, const Attention& a, const L
   call.run(static_cast<int64_t>(pieces.size()), write);
 }
 
-// Says which pages these queries will read in the next layer, which products until then may fetch:
-// those of many rows wait for dots and not for memory.
-void expect_next_layer(Call& call, const Attention& a, const Layout& layout, const Plan& plan) {
+// Says which pages these queries will read in the next layer, for products until then to fetch, where
+// they have rows enough to do so and not too many.
+void expect_next_layer(Call& call, const Bodies& bodies, const Attention& a, const Layout& layout,
+                       const Plan& plan) {
   const Cache& cache = a.cache;
-  const bool is_worth_it = layout.has_next_layer && layout.num_requests >= kFewestFetchingRows;
+  const int64_t num_rows = a.query_starts[layout.num_requests];
+  const bool is_worth_it = bodies.fetches && layout.has_like_next &&
+                           layout.num_requests >= kFewestFetchingRows && num_rows < kFewestPairedRows;
   const int64_t num_tasks = is_worth_it ? static_cast<int64_t>(plan.tasks.size()) : 0;
   const std::byte* const next_layer = cache.values + cache.num_pages * layout.page_bytes;
   call.expect(num_tasks, layout.page_bytes, [&](int64_t index, const auto& add) {
@@ -213,7 +216,7 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
     bodies.attend(a, *task, next, memory + parts_size + own * scratch_size);
     is_taken[own].store(false, std::memory_order_release);
   });
-  expect_next_layer(call, a, layout, plan);
+  expect_next_layer(call, bodies, a, layout, plan);
   for (const Split& split : plan.splits) {
     bodies.merge(a, split.token, parts + split.first_part * part_size, split.num_parts);
   }
@@ -221,9 +224,10 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
 
 std::string shapes_fault(const Attention& a) {
   const Cache& cache = a.cache;
-  if (cache.head_width % kLanes != 0 || cache.page_size % kLanes != 0) {
+  if (cache.head_width % kLanes != 0 || cache.page_size % kLanes != 0 || cache.head_width == 0 ||
+      cache.page_size == 0) {
     return "got heads of " + std::to_string(cache.head_width) + " in pages of " +
-           std::to_string(cache.page_size) + "; 16 must divide both";
+           std::to_string(cache.page_size) + "; 16 must divide both, and neither be 0";
   }
   if (cache.num_kv_heads == 0 || a.num_heads % cache.num_kv_heads != 0) {
     return "got " + std::to_string(a.num_heads) + " query heads over " +
@@ -287,9 +291,14 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
   if (layer < 0 || layer >= num_layers) {
     return invalid("got layer " + std::to_string(layer) + " of " + std::to_string(num_layers));
   }
+  layout.has_like_next = layer + 1 < num_layers;
   if (has_windows) {
     const ffi::AnyBuffer windows = args.take("windows", {Type::S32}, {num_layers});
-    if (args.error().empty()) a.window = data<int32_t>(windows)[layer];
+    if (args.error().empty()) {
+      const int32_t* own = data<int32_t>(windows) + layer;
+      a.window = own[0];
+      layout.has_like_next = layout.has_like_next && own[1] == own[0];
+    }
   }
   if (!args.error().empty()) return invalid(args.error());
   if (has_rope) {
@@ -327,7 +336,6 @@ ffi::Error attend(ffi::ThreadPool pool, ffi::RemainingArgs remaining, ffi::Remai
   }
   const int64_t item = static_cast<int64_t>(ffi::ByteWidth(type));
   layout.page_bytes = cache.num_kv_heads * 2 * cache.page_size * cache.head_width * item;
-  layout.has_next_layer = layer + 1 < num_layers;
   cache.values = static_cast<std::byte*>((*written)->untyped_data()) +
                  layer * cache.num_pages * layout.page_bytes;
   if (scales != nullptr) {

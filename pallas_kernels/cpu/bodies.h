@@ -41,8 +41,8 @@ constexpr int64_t kTileRows = 12;
 // Rows from which on bodies may take two strips at once.
 constexpr int64_t kFewestPairedRows = 48;
 
-// Rows of a tile from which on bodies wait for dots and leave memory idle, so that they fetch what a
-// later operation reads.
+// Rows of a tile of integers from which on bodies wait for dots and leave memory idle, so that they
+// fetch what a later operation reads: a unit of it for each group of inputs. Two strips at once do not.
 constexpr int64_t kFewestFetchingRows = 8;
 
 // 32 inputs of a row, which are scale * integer, but for the largest of them: to its integer a float
@@ -83,28 +83,32 @@ struct Rounding {
   bool to_bfloat16;
 };
 
-// Bytes that are fetched at once; they divide what pages have.
+// Bytes that are fetched at once, a unit; they divide what pages have.
 constexpr int64_t kFetched = 256;
-// Bytes of a page that follow one another in `Upcoming`, or the rest of it.
-constexpr int64_t kPiece = 16 * kFetched;
 
-// Memory that a later operation reads: pieces [next, last) of pages.
+// Memory that a later operation reads: units [next, last), counted over all pages, and what is left
+// of those that were begun.
 struct Upcoming {
   const std::byte* const* pages;
   int64_t page_size;
   int64_t next;
   int64_t last;
+  const std::byte* begin;
+  const std::byte* end;
 
-  static int64_t pieces_of(int64_t page_size) { return (page_size + kPiece - 1) / kPiece; }
-
-  // Moves `begin` and `end` to what the next piece has, and to nothing after the last.
-  void take(const std::byte*& begin, const std::byte*& end) {
-    begin = end = nullptr;
-    if (next >= last) return;
-    const int64_t pieces = pieces_of(page_size), offset = next % pieces * kPiece;
-    begin = pages[next / pieces] + offset;
-    end = begin + (page_size - offset < kPiece ? page_size - offset : kPiece);
-    ++next;
+  // Returns where the next unit is, null after the last.
+  const std::byte* take() {
+    if (begin == end) {
+      if (next >= last) return nullptr;
+      const int64_t units = page_size / kFetched, first = next % units;
+      const int64_t count = units - first < last - next ? units - first : last - next;
+      begin = pages[next / units] + first * kFetched;
+      end = begin + count * kFetched;
+      next += count;
+    }
+    const std::byte* const at = begin;
+    begin += kFetched;
+    return at;
   }
 };
 
@@ -186,6 +190,8 @@ struct Peak {
 };
 
 struct Bodies {
+  // Whether tiles have as many rows as those that fetch.
+  bool fetches;
   // Rounds rows [begin, end).
   void (*round_rows)(const Rounding&, const Rounded&, int64_t begin, int64_t end);
   // Fills outputs of strips [begin, end) of matrix `index`, for rows [row_begin, row_end).

@@ -54,8 +54,14 @@ struct Size {
 }  // namespace
 
 extern const Bodies kBodies;
-const Bodies kBodies = {round_rows, multiply, write_rows, attend_scratch,
-                        attend,     merge,    find_peak};
+const Bodies kBodies = {kMaxRows >= kFewestFetchingRows,
+                        round_rows,
+                        multiply,
+                        write_rows,
+                        attend_scratch,
+                        attend,
+                        merge,
+                        find_peak};
 
 }  // namespace PALLASITE_NAMESPACE
 }  // namespace pallasite

@@ -122,11 +122,12 @@ int64_t strips_at_once(const Product& product, int64_t num_rows) {
   return has_pairs ? (strips + 1) / 2 * 2 : strips;
 }
 
-// Pieces of memory that are fetched beside a chunk, as bodies do: kFetched bytes a group of a tile.
-int64_t pieces_at_once(const Product& product, int64_t num_strips, int64_t num_rows) {
-  const int64_t num_tiles = (num_rows + kTileRows - 1) / kTileRows;
+// Units of memory that bodies fetch beside some strips for some rows: see `kFewestFetchingRows`.
+int64_t units_beside(const Product& product, int64_t num_strips, int64_t num_rows) {
+  if (product.matrices[0].kind == Kind::kBfloat16) return 0;
+  const int64_t rest = num_rows % kTileRows >= kFewestFetchingRows ? 1 : 0;
   const int64_t num_groups = product.x.num_inputs / kGroup * (product.is_gated ? 2 : 1);
-  return num_tiles * num_groups * num_strips * kFetched / kPiece + 1;
+  return (num_rows / kTileRows + rest) * num_groups * num_strips;
 }
 
 // Rows [begin, end) that are computed; `begin` is a tile's.
@@ -209,15 +210,15 @@ void run_product(Call& call, const Bodies& bodies, const Rounding& rounding, Pro
   const int64_t rows = rows_at_once(product, num_wanted, call.num_threads());
   const int64_t strips = strips_at_once(product, std::min(rows, num_wanted));
   const int64_t num_chunks = (num_strips + strips - 1) / strips;
-  const int64_t pieces = pieces_at_once(product, strips, std::min(rows, num_wanted));
   const int64_t num_all = runs.num_parts(rows) * num_chunks;
   call.run(num_all, [&](int64_t chunk) {
-    Upcoming upcoming = call.take_expected(chunk, num_all, pieces);
-    Product own_product = product;
-    own_product.upcoming = &upcoming;
     const Rows block = runs.part(chunk / num_chunks, rows);
     int64_t begin = chunk % num_chunks * strips;
     int64_t end = std::min(begin + strips, num_strips);
+    const int64_t units = units_beside(product, end - begin, block.end - block.begin);
+    Upcoming upcoming = call.take_expected(chunk, num_all, units);
+    Product own_product = product;
+    own_product.upcoming = &upcoming;
     // Strips are counted over all matrices.
     for (int64_t i = 0; i < num_parts && begin < end; ++i) {
       const int64_t own = product.matrices[i].num_strips;

@@ -16,15 +16,11 @@ PALLASITE_INLINE void multiply_integers(const Matrix& matrix, int64_t strip, con
   const Group* groups = x.groups + x.first_group(row);
   const int8_t* values = x.values + x.first_group(row) * kGroup;
   for (int r = 0; r < kRows; ++r) sums[r] = zeros();
-  const std::byte *fetched = nullptr, *fetched_end = nullptr;
   for (int64_t group = 0; group < num_groups; ++group) {
     if constexpr (kRows >= kFewestFetchingRows) {
-      if (fetched == fetched_end) upcoming.take(fetched, fetched_end);
-      if (fetched != fetched_end) {
+      const std::byte* const at = upcoming.take();
 #pragma GCC unroll 4
-        for (int64_t i = 0; i < kFetched; i += 64) __builtin_prefetch(fetched + i, 0, 2);
-        fetched += kFetched;
-      }
+      for (int64_t i = 0; at != nullptr && i < kFetched; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
     const uint8_t* words = codes;
     // Before the dots: they are ready then, whenever the first of these is.

@@ -110,11 +110,12 @@ class Team {
     }
   }
 
-  // Says what chunks of a later operation will read, of `num_chunks` that as many threads will work on:
-  // pages of `page_size` bytes, a multiple of kFetched. each(chunk, add) calls add(page) for those of a
-  // chunk, in order. What was said before is forgotten. Not while an operation runs.
+  // Says what the chunks of a later operation will read, which `num_threads` will work on: pages of
+  // `page_size` bytes, a multiple of kFetched. each(chunk, add) calls add(page) for those of a chunk,
+  // in order. What was said before is forgotten. Not while an operation runs.
   template <typename Each>
   void expect(int64_t num_chunks, int64_t num_threads, int64_t page_size, const Each& each) {
+    num_expecting_ = 0;
     page_size_ = page_size;
     pages_.clear();
     const int64_t num_runs = std::min({num_threads, num_chunks, kMostRuns});
@@ -127,22 +128,22 @@ class Team {
           if (pages_.size() < most) pages_.push_back(page);
         });
       }
-      const int64_t pieces = Upcoming::pieces_of(page_size);
-      runs_[run].next_piece.store(first * pieces, std::memory_order_relaxed);
-      runs_[run].end_piece = static_cast<int64_t>(pages_.size()) * pieces;
+      const int64_t units = page_size / kFetched;
+      runs_[run].next_unit.store(first * units, std::memory_order_relaxed);
+      runs_[run].end_unit = static_cast<int64_t>(pages_.size()) * units;
     }
     num_expecting_ = num_runs;
   }
 
-  // Takes some of what the thread that works on this chunk is expected to read: of pieces that nobody
-  // has taken `count` at most.
+  // Takes what the run that this chunk is of, in order, is expected to read: of units that nobody has
+  // taken `count` at most. Of more than two threads, one may have another run than the last time.
   Upcoming take_expected(int64_t chunk, int64_t num_chunks, int64_t count) {
-    Upcoming upcoming{pages_.data(), page_size_, 0, 0};
-    if (num_expecting_ == 0) return upcoming;
-    Run& run = runs_[chunk * num_expecting_ / num_chunks];
-    if (run.next_piece.load(std::memory_order_relaxed) >= run.end_piece) return upcoming;
-    upcoming.next = run.next_piece.fetch_add(count, std::memory_order_relaxed);
-    upcoming.last = std::min(upcoming.next + count, run.end_piece);
+    Upcoming upcoming{pages_.data(), page_size_, 0, 0, nullptr, nullptr};
+    if (num_expecting_ == 0 || count == 0) return upcoming;
+    Run& run = runs_[((chunk + 1) * num_expecting_ - 1) / num_chunks];
+    if (run.next_unit.load(std::memory_order_relaxed) >= run.end_unit) return upcoming;
+    upcoming.next = run.next_unit.fetch_add(count, std::memory_order_relaxed);
+    upcoming.last = std::min(upcoming.next + count, run.end_unit);
     return upcoming;
   }
 
@@ -181,8 +182,8 @@ class Team {
   struct alignas(64) Run {
     std::atomic<int64_t> next{0};
     int64_t end = 0;
-    std::atomic<int64_t> next_piece{0};
-    int64_t end_piece = 0;
+    std::atomic<int64_t> next_unit{0};
+    int64_t end_unit = 0;
   };
 
   static std::atomic<int>& num_taken() {

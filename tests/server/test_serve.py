@@ -82,10 +82,11 @@ async def said_not_serving(client):
 async def arrived(client, count):
     """Waits until so many requests are open."""
     num_open = 0
-    while num_open < count:
-        await asyncio.sleep(0.005)
-        load = await client.load()
-        num_open = load.num_running + load.num_waiting
+    async with asyncio.timeout(60):
+        while num_open < count:
+            await asyncio.sleep(0.005)
+            load = await client.load()
+            num_open = load.num_running + load.num_waiting
 
 
 async def tokens_of(stream):
@@ -134,7 +135,8 @@ async def test_the_second_signal_ends_it_with_streams_open(tmp_path, compile_cac
         await said_not_serving(client)
         assert process.returncode is None
         process.send_signal(signal.SIGTERM)
-        ends = await asyncio.gather(*streams, return_exceptions=True)
+        async with asyncio.timeout(60):
+            ends = await asyncio.gather(*streams, return_exceptions=True)
         go.touch()
         assert await asyncio.wait_for(process.wait(), 60) == 128 + signal.SIGTERM
     assert all(isinstance(end, grpc.RpcError) for end in ends)

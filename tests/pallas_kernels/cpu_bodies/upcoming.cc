@@ -33,21 +33,22 @@ std::string check_upcoming(Random& random) {
   std::vector<bool> is_empty(static_cast<size_t>(num_runs));
   const int64_t later_chunks = num_runs == 0 ? 0 : random.whole(1, 60);
   for (int64_t chunk = 0; chunk < later_chunks; ++chunk) {
-    const auto run = static_cast<size_t>(chunk * num_runs / later_chunks);
-    const int64_t count = random.whole(1, 50);
-    const bool takes_all = random.chance(0.5);
+    // As the team cuts chunks into runs.
+    size_t run = 0;
+    while (later_chunks * (static_cast<int64_t>(run) + 1) / num_runs <= chunk) ++run;
+    const int64_t count = random.whole(0, 200);
+    const bool takes_all = count > 0 && random.chance(0.5);
     do {
       pallasite::Upcoming upcoming = team->take_expected(chunk, later_chunks, count);
-      const std::byte *begin, *end;
-      upcoming.take(begin, end);
-      is_empty[run] = begin == nullptr;
-      for (; begin != nullptr; upcoming.take(begin, end)) {
-        for (; begin != end; begin += kFetched) {
-          if (!taken[run].insert((begin - memory) / kFetched).second) {
-            throw Wrong(shown + ": some is taken twice");
-          }
+      int64_t size = 0;
+      while (const std::byte* unit = upcoming.take()) {
+        ++size;
+        if (!taken[run].insert((unit - memory) / kFetched).second) {
+          throw Wrong(shown + ": some is taken twice");
         }
       }
+      if (size > count) throw Wrong(text(shown, ": ", size, " units are taken, not ", count));
+      is_empty[run] = count > 0 && size == 0;
     } while (takes_all && !is_empty[run]);
   }
   team->give_back();
