@@ -209,8 +209,9 @@ void run_attention(Call& call, const Bodies& bodies, const Attention& a, const L
     }
     const Task* task = &plan.tasks[static_cast<size_t>(index)];
     const Task* next = task == &plan.tasks.back() ? nullptr : task + 1;
-    // A query sees its own row; of parts of its keys, only the last has it.
-    if (task->num_tokens == 1 && task->key_end == a.positions[task->first_token] + 1) {
+    // A request's only query sees its own row; of parts of its keys, only the last has it.
+    const int32_t* starts = a.query_starts + task->request;
+    if (starts[1] - starts[0] == 1 && task->key_end == a.positions[task->first_token] + 1) {
       bodies.write_rows(a, task->request, task->first_token, task->first_token + 1);
     }
     bodies.attend(a, *task, next, memory + parts_size + own * scratch_size);
